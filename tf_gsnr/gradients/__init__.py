@@ -1,0 +1,324 @@
+"""Per-example gradients of a Keras model, streamed into `Moments`.
+
+`gradient_moments` is what users call; `accumulate` is the same stream inside a graph, for a
+training loop. Both run an engine (`ENGINES`, the contract is in `contract.py`) on micro-batches of
+one fixed shape and merge what it finds, so memory does not grow with the number of examples.
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+from absl import logging
+
+from tf_gsnr.gradients import contract, vectorized
+from tf_gsnr.gradients.losses import per_example_loss
+from tf_gsnr.moments import Moments
+
+ENGINES = {"vectorized": vectorized.build}
+
+
+def build_engine(model, loss=None, *, engine: str = "auto", **options) -> Callable:
+    """Returns the `measure` function (see `contract`) of the named engine.
+
+    Args:
+      model: a built Keras model.
+      loss: see `gradient_moments`.
+      engine: a key of `ENGINES`, or "auto" for the best one for this model.
+      **options: `sign_counts`, `training`, `batch_norm`, as in `gradient_moments`.
+
+    Raises:
+      ValueError: unknown engine; a model or loss that cannot be measured.
+    """
+    check_engine_name(engine)
+    contract.check_model(model)
+    name = "vectorized" if engine == "auto" else engine
+    return ENGINES[name](model, per_example_loss(loss, model), **options)
+
+
+def check_engine_name(engine: str):
+    if engine != "auto" and engine not in ENGINES:
+        names = ", ".join(["auto", *sorted(ENGINES)])
+        raise ValueError(f"unknown engine {engine!r}; available: {names}")
+
+
+def resolve_jit_compile(jit_compile: bool | str) -> bool:
+    """Whether to compile by XLA: "auto" means on an accelerator and not on a CPU.
+
+    XLA makes convolutions 2.5 to 4.7 times slower on a CPU, the plain step included.
+    """
+    if jit_compile not in (True, False, "auto"):
+        raise ValueError(f"jit_compile={jit_compile!r}: expected True, False or 'auto'")
+    if jit_compile != "auto":
+        return bool(jit_compile)
+    accelerators = tf.config.list_logical_devices("GPU") + tf.config.list_logical_devices("TPU")
+    chosen = bool(accelerators)
+    device = accelerators[0].device_type if chosen else "CPU"
+    logging.log_first_n(logging.INFO, "jit_compile='auto': %s on %s", 1, chosen, device)
+    return chosen
+
+
+def accumulate(measure: Callable, model, chunks, *, seed=None, dtype=None, sign_counts=False):
+    """Streams stacked micro-batches through an engine, inside a graph: one loop, one shape.
+
+    Args:
+      measure: what `build_engine` returns.
+      model: the model it measures.
+      chunks: `(x, y, valid)`, each with leading axes `[chunks, batch]`; see `stack_chunks`.
+      seed: integer, for random layers.
+      dtype: in which moments are merged; None for the variables' own.
+      sign_counts: as the engine was built.
+
+    Returns:
+      `Moments` of all valid examples.
+    """
+    x, y, valid = chunks
+    empty = Moments.empty(model.trainable_variables, dtype, sign_counts)
+
+    def body(i, total):
+        one_x, one_y, one_valid = tf.nest.map_structure(lambda v: v[i], (x, y, valid))
+        found = measure(one_x, one_y, None, one_valid, contract.seeds_for(model, seed, i)).moments
+        return i + 1, total.merge(found if dtype is None else found.astype(dtype))
+
+    loop = tf.while_loop(
+        lambda i, _: i < tf.shape(valid)[0], body, (0, empty), parallel_iterations=1
+    )
+    return loop[1]
+
+
+def stack_chunks(x, y, batch_size: int):
+    """Cuts arrays into `(x, y, valid)` with leading axes `[chunks, batch_size]` for `accumulate`.
+
+    The last chunk is filled up with copies of the last example, which are not valid.
+    """
+    n = len(y)
+    batch_size = min(batch_size, n)
+    rows = np.minimum(np.arange(-(-n // batch_size) * batch_size), n - 1)
+    valid = (np.arange(len(rows)) < n).reshape(-1, batch_size)
+    return (
+        x[rows].reshape(-1, batch_size, *x.shape[1:]),
+        y[rows].reshape(-1, batch_size, *y.shape[1:]),
+        valid,
+    )
+
+
+def gradient_moments(
+    model: keras.Model,
+    x: Any,
+    y: Any = None,
+    loss: Any = None,
+    *,
+    sample_weight: Any = None,
+    engine: str = "auto",
+    batch_size: int = 256,
+    sign_counts: bool = False,
+    training: bool = False,
+    seed: int | None = None,
+    batch_norm: str | None = None,
+    dtype: str | None = None,
+    jit_compile: bool | str = "auto",
+) -> Moments:
+    """Mean and variance of the gradients of every single example, for each trainable variable.
+
+    With g[n] the gradient of example n's own loss, never divided by the batch size:
+    `mean = 1/n sum g[n]` (5) and `variance = 1/n sum (g[n] - mean)^2`, the sample-wise gradient
+    variance of section 2.1 (equation numbers are those of Liu et al., ICLR 2020). Sample weights
+    multiply an example's loss. Weight regularisers are not part of it: they are the same for all
+    examples, so they would shift the mean and never change the variance.
+
+    The data are streamed in micro-batches of one fixed shape, so memory does not depend on how
+    many examples there are. The model is left as it was: no variable, seed or layer changes.
+
+    Args:
+      model: a built Keras model: Sequential, functional or subclassed.
+      x: array or tensor `[examples, ...]` (or a list or dict of them, as the model takes it), or a
+        finite `tf.data.Dataset` of batches `(x, y)` or `(x, y, sample_weight)`.
+      y: targets `[examples, ...]`, nested as the loss takes them; None where x is a Dataset.
+      loss: a Keras loss, its name, or a callable `(y_true, y_pred) -> [batch]`; default: the loss
+        that the model was compiled with.
+      sample_weight: `[examples]` factors of the examples' losses.
+      engine: "vectorized", or "auto" for the best available.
+      batch_size: examples a micro-batch; it changes speed and memory, not the result.
+      sign_counts: also count, per parameter, the examples with positive and negative gradient.
+      training: whether layers run in training mode. Dropout then draws a mask per example.
+      seed: of the random layers; None for the model's own current seeds. A given seed and
+        batch_size give the same masks again.
+      batch_norm: with training=True, what `BatchNormalization` layers use: "frozen" (their moving
+        statistics) or "batch" (the batch's own; engines that can).
+      dtype: in which the moments are merged, "float32" or "float64"; default: the variables' own.
+      jit_compile: whether to compile with XLA; "auto": on an accelerator and not on a CPU.
+
+    Returns:
+      `Moments` of numpy arrays, lists in the order of `model.trainable_variables`.
+
+    Raises:
+      ValueError: an argument is not usable (the message names it and what would be accepted), or a
+        loss or gradient is not finite (the message names the example or the variable).
+
+    Example:
+
+    >>> import keras, numpy as np, tf_gsnr
+    >>> keras.utils.set_random_seed(0)
+    >>> model = keras.Sequential([keras.Input([3]), keras.layers.Dense(1)])
+    >>> x, y = np.random.normal(size=[100, 3]), np.random.normal(size=[100, 1])
+    >>> moments = tf_gsnr.gradient_moments(model, x, y, "mse")
+    >>> int(moments.count), [v.shape for v in moments.variance()]
+    (100, [(3, 1), (1,)])
+    """
+    check_engine_name(engine)
+    if isinstance(batch_size, bool) or not isinstance(batch_size, (int, np.integer)):
+        raise ValueError(f"batch_size={batch_size!r}: expected a positive integer")
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size}: expected a positive integer")
+    batches = iter(_batches(x, y, sample_weight, batch_size))
+    contract.check_model(model)
+    first = next(batches)
+    options = dict(sign_counts=sign_counts, training=training, batch_norm=batch_norm)
+    step = _compiled_step(model, loss, engine, resolve_jit_compile(jit_compile), dtype, options)
+    total = Moments.empty(model.trainable_variables, dtype, sign_counts)
+    bad = tf.constant(-1, tf.int64)
+    seed = None if seed is None else tf.constant(seed, tf.int64)
+    for index, batch in enumerate(itertools.chain([first], batches)):
+        try:
+            total, bad = step(total, bad, tf.constant(index, tf.int64), seed, *batch)
+        except tf.errors.InvalidArgumentError as error:
+            _explain_labels(model, batch[1], index * batch_size, error)
+            raise
+    _check_finite(model, total, int(bad))
+    return total.numpy()
+
+
+_STEPS = weakref.WeakKeyDictionary()  # model -> {options: traced step}: a step is traced once
+
+
+def _compiled_step(model, loss, engine, jit_compile, dtype, options):
+    """A traced `(moments, bad, index, seed, x, y, weight, valid) -> (moments, bad)`.
+
+    It holds the model by a weak reference only, so that the cache keeps no model alive.
+    """
+    used_loss = getattr(model, "loss", None) if loss is None else loss
+    variables = tuple(id(v) for v in model.trainable_variables)
+    key = (id(used_loss), engine, jit_compile, dtype, *sorted(options.items()), variables)
+    steps = _STEPS.setdefault(model, {})
+    if key not in steps:
+        measure = build_engine(weakref.proxy(model), loss, engine=engine, **options)
+        reference = weakref.ref(model)
+
+        @tf.function(jit_compile=jit_compile, autograph=False, reduce_retracing=False)
+        def step(total, bad, index, seed, x, y, weight, valid):
+            seeds = contract.seeds_for(reference(), seed, index)
+            found = measure(x, y, weight, valid, seeds)
+            wrong = valid & ~tf.math.is_finite(found.losses)
+            here = index * tf.size(valid, tf.int64) + tf.argmax(wrong, output_type=tf.int64)
+            bad = tf.where((bad < 0) & tf.reduce_any(wrong), here, bad)
+            moments = found.moments if dtype is None else found.moments.astype(dtype)
+            return total.merge(moments), bad
+
+        steps[key] = step, used_loss  # the loss is kept, or its id could become another's
+    return steps[key][0]
+
+
+def _batches(x, y, sample_weight, batch_size) -> Iterable:
+    """Micro-batches `(x, y, sample_weight, valid)` of one shape; the ragged end is filled up."""
+    if isinstance(x, tf.data.Dataset):
+        if y is not None or sample_weight is not None:
+            raise ValueError("x is a tf.data.Dataset: y and sample_weight come with it, pass None")
+        if x.cardinality() == tf.data.INFINITE_CARDINALITY:
+            raise ValueError("x is an infinite tf.data.Dataset: cut it with .take(batches)")
+        if not isinstance(x.element_spec, tuple) or len(x.element_spec) not in (2, 3):
+            raise ValueError(
+                "x is a tf.data.Dataset: expected elements (x, y) or (x, y, sample_weight), got "
+                f"{x.element_spec}"
+            )
+        rows = (tuple(element) for element in x.rebatch(batch_size))
+        size = batch_size
+    else:
+        x, y, sample_weight = (
+            _arrays("x", x),
+            _arrays("y", y),
+            _arrays("sample_weight", sample_weight),
+        )
+        if y is None:
+            raise ValueError(
+                "y=None: expected the targets of x (only a tf.data.Dataset has its own)"
+            )
+        lengths = {len(v) for v in tf.nest.flatten((x, y, sample_weight)) if v is not None}
+        if len(lengths) != 1:
+            raise ValueError(
+                "x, y and sample_weight differ in their number of examples: "
+                f"{sorted(lengths)}; expected one length"
+            )
+        n = lengths.pop()
+        size = min(batch_size, n)
+        data = (x, y, sample_weight)
+        rows = (_take(data, slice(i, i + size)) for i in range(0, n, max(size, 1)))
+    empty = True
+    for x_rows, y_rows, *weight in rows:
+        empty = False
+        batch = (x_rows, y_rows, weight[0] if weight else None)
+        n = len(tf.nest.flatten(y_rows)[0])
+        valid = tf.constant(np.arange(size) < n)
+        if n < size:
+            batch = _take(batch, np.minimum(np.arange(size), n - 1))
+        yield (*_take(batch, slice(None)), valid)
+    if empty:
+        raise ValueError("x has no examples; expected at least one")
+
+
+def _take(data, rows):
+    """Nested tensors of some rows (a slice or indices) of nested arrays; None stays None."""
+
+    def take(v):
+        if v is None:
+            return v
+        return tf.convert_to_tensor(v[rows]) if isinstance(rows, slice) else tf.gather(v, rows)
+
+    return tf.nest.map_structure(take, data)
+
+
+def _arrays(name, value):
+    """Nested arrays as they are, lists of numbers as arrays."""
+
+    def array(v):
+        if tf.is_tensor(v) or isinstance(v, np.ndarray) or hasattr(v, "__array__"):
+            if len(v.shape) == 0:
+                raise ValueError(f"{name} is a scalar; expected a leading axis of examples")
+            return v
+        raise ValueError(f"{name}: expected arrays or tensors, got {type(v).__name__}")
+
+    return None if value is None else tf.nest.map_structure(array, value)
+
+
+def _explain_labels(model, y, start, error):
+    """Raises ValueError with the example whose label is outside the classes, if that is it."""
+    if "label" not in str(error):
+        return
+    classes = tf.nest.flatten(model.output_shape)[-1] if hasattr(model, "output_shape") else None
+    for labels in tf.nest.flatten(y):
+        wrong = np.argwhere((np.asarray(labels) < 0) | (np.asarray(labels) >= (classes or np.inf)))
+        if labels.dtype.is_integer and len(wrong):
+            n = int(wrong[0][0])
+            raise ValueError(
+                f"y: the label of example {start + n} is {np.asarray(labels)[tuple(wrong[0])]}; "
+                f"expected 0 to {classes - 1}, the model has {classes} outputs"
+            ) from error
+
+
+def _check_finite(model, moments, bad):
+    if bad >= 0:
+        raise ValueError(
+            f"the loss of example {bad} is not finite: look for NaN or inf in x, y or "
+            "sample_weight there, for labels outside the classes, or for weights that diverged"
+        )
+    for variable, mean, m2 in zip(model.trainable_variables, moments.mean, moments.m2):
+        if not (np.isfinite(mean).all() and np.isfinite(m2).all()):
+            raise ValueError(
+                f"the gradient of {variable.path} is not finite, though every loss is: look for a "
+                "function without derivative at its input (sqrt or log at 0), or scale the loss"
+            )

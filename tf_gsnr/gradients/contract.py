@@ -1,0 +1,151 @@
+"""What every engine takes, gives and leaves alone.
+
+An engine is `build(model, loss_fn, *, sign_counts, training, batch_norm) -> measure`, and
+
+    measure(x, y, sample_weight=None, valid=None, seeds=None) -> Measured
+
+may be called in a graph, on a batch of examples whose number is fixed by the shapes:
+  x, y: nested tensors with a leading axis of examples, as the model and the loss take them.
+  sample_weight: per-example (or per-position) factors of the loss; None for 1.
+  valid: bool `[batch]`, False for padding, which counts for nothing; None for all.
+  seeds: a value per variable of `seed_variables(model)`; None for their current values.
+
+g[n] is the gradient of example n's own loss: never divided by the batch size, times its sample
+weight, without weight penalties. The model is left as it was found: every variable is read through
+a `keras.StatelessScope`, so that what a layer assigns (a seed, a moving average) stays in it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any, NamedTuple
+
+import keras
+import tensorflow as tf
+
+from tf_gsnr.moments import Moments
+
+BATCH_NORM_MODES = ("frozen", "batch")
+
+
+class Measured(NamedTuple):
+    """What an engine finds on one batch.
+
+    Attributes:
+      losses: `[batch]`, each example's own loss.
+      moments: of the valid examples' gradients, in the order of `model.trainable_variables`.
+      predictions: the model's outputs for the batch.
+      updates: the values that the forward pass assigned, in the order of
+        `model.non_trainable_variables`; a training step may apply them.
+    """
+
+    losses: Any
+    moments: Moments
+    predictions: Any
+    updates: list
+
+
+def check_model(model):
+    """Raises ValueError unless `model` is a built Keras model with trainable variables."""
+    if not isinstance(model, keras.Model):
+        raise ValueError(f"model={model!r}: expected a keras.Model, got {type(model).__name__}")
+    if not model.built:
+        raise ValueError(
+            f"model {model.name!r} is not built, so it has no variables yet: call it once on a "
+            "batch, or model.build(input_shape), before measuring"
+        )
+    if not model.trainable_variables:
+        raise ValueError(
+            f"model {model.name!r} has no trainable variables, so there is no gradient to measure: "
+            "set trainable = True on the layers that are to be measured"
+        )
+
+
+def sublayers(model) -> list:
+    """Every layer in the model, itself and those inside other layers included, each once."""
+    return list({id(layer): layer for layer in model._flatten_layers()}.values())
+
+
+def seed_variables(model) -> list:
+    """The state variables of the model's `keras.random.SeedGenerator`s."""
+    return [v for v in model.non_trainable_variables if v.name == "seed_generator_state"]
+
+
+def seeds_for(model, seed, step) -> list:
+    """A value per seed variable: a stream of its own for every generator and micro-batch.
+
+    Args:
+      seed: integer scalar; None starts from the model's own current seeds.
+      step: the index of the micro-batch, a scalar tensor or int.
+    """
+    values = []
+    for k, variable in enumerate(seed_variables(model)):
+        dtype = tf.as_dtype(variable.dtype)
+        start = variable.value
+        if seed is not None:
+            start = tf.stack([tf.cast(seed, dtype) + 7919 * k, tf.zeros([], dtype)])
+        # A generator counts its draws in its second entry: room for 65,536 draws a micro-batch.
+        values.append(start + tf.stack([tf.zeros([], dtype), tf.cast(step, dtype) * 65536]))
+    return values
+
+
+def check_batch_norm(model, training: bool, batch_norm: str | None):
+    """Refuses batch norm in training mode until the caller says which statistics are meant.
+
+    Raises:
+      ValueError: `batch_norm` is unknown, or is None while `training` and the model has
+        `BatchNormalization` layers.
+    """
+    if batch_norm is not None and batch_norm not in BATCH_NORM_MODES:
+        raise ValueError(
+            f"unknown batch_norm {batch_norm!r}; available: {', '.join(BATCH_NORM_MODES)}"
+        )
+    layers = batch_norm_layers(model)
+    if training and batch_norm is None and layers:
+        names = ", ".join(layer.name for layer in layers)
+        raise ValueError(
+            f"training=True, but the batch-normalisation layers {names} use the statistics of the "
+            "batch, so that an example's loss depends on the other examples and one at a time its "
+            "gradient would be exactly zero. Choose: training=False (all layers in inference "
+            "mode), batch_norm='frozen' (these layers use their moving statistics, dropout stays "
+            "active) or batch_norm='batch' (batch statistics, gradients flow through them; "
+            "engine='layerwise' only)"
+        )
+
+
+def batch_norm_layers(model) -> list:
+    """The layers that normalise by the batch's statistics when in training mode."""
+    return [
+        layer
+        for layer in sublayers(model)
+        if isinstance(layer, keras.layers.BatchNormalization) and layer.trainable
+    ]
+
+
+@contextlib.contextmanager
+def replaced_calls(replacements):
+    """While this is open, `layer.call` is `replacement` for each `(layer, replacement)`.
+
+    Nothing is left behind on the layers, whatever fails in between.
+    """
+    replaced = []
+    try:
+        for layer, call in replacements:
+            object.__setattr__(layer, "call", call)
+            replaced.append(layer)
+        yield
+    finally:
+        for layer in replaced:
+            object.__delattr__(layer, "call")
+
+
+def frozen_batch_norm(model):
+    """While this is open, batch-norm layers use their moving statistics whatever the mode."""
+
+    def frozen(call):
+        def inference(inputs, *args, **kwargs):
+            return call(inputs, *args, **{**kwargs, "training": False})
+
+        return inference
+
+    return replaced_calls([(layer, frozen(layer.call)) for layer in batch_norm_layers(model)])

@@ -1,0 +1,152 @@
+"""Moments: the count, mean and spread of per-example gradients, as a value that merges.
+
+Index letters: n example, j parameter, a and b two disjoint sets of examples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import tensorflow as tf
+
+Array = Any  # a numpy array or a TensorFlow tensor
+
+
+class Moments(NamedTuple):
+    """First and second moments of per-example gradients, a list entry per trainable variable.
+
+    A value: nothing changes it, `merge` returns a new one. The fields are all TensorFlow tensors
+    (inside a graph) or all numpy arrays (what `gradient_moments` returns); `tf.nest` sees through
+    it, so it can be carried by a `tf.while_loop` or summed over replicas.
+
+    Attributes:
+      count: number of examples n; integer scalar.
+      loss: mean of the per-example losses; float64 scalar.
+      mean: per variable, `1/n sum_n g[n]`; the variable's shape and dtype.
+      m2: per variable, `sum_n (g[n] - mean)^2`, the sum of squared deviations; like `mean`.
+      positives: per variable, how many examples have `g[n] > 0`; int64. Empty unless asked for.
+      negatives: likewise for `g[n] < 0`.
+
+    Valid range: each micro-batch is centred on its own mean and micro-batches are merged by the
+    pairwise formula, so no large numbers are subtracted: in float32 the variance of values with
+    mean 1 and standard deviation 1e-4 is right to 0.1 %, where `E[g^2] - E[g]^2` has no digit.
+
+    Example:
+
+    >>> import numpy as np
+    >>> gradients = [np.array([[1.0, 2.0], [3.0, 2.0]])]  # two examples, one variable of shape [2]
+    >>> moments = Moments.of(gradients, losses=np.array([0.5, 1.5])).numpy()
+    >>> moments.mean[0].tolist(), moments.variance()[0].tolist(), float(moments.loss)
+    ([2.0, 2.0], [1.0, 0.0], 1.0)
+    """
+
+    count: Array
+    loss: Array
+    mean: list
+    m2: list
+    positives: list = []
+    negatives: list = []
+
+    @classmethod
+    def empty(cls, variables: Sequence, dtype=None, sign_counts: bool = False) -> Moments:
+        """The neutral element of `merge`: no examples. Shapes and dtypes are those of `variables`.
+
+        Args:
+          variables: arrays, tensors or variables, for their shapes and dtypes.
+          dtype: of the moments, instead of the variables' own.
+          sign_counts: whether signs are counted.
+        """
+        zeros = [tf.zeros(v.shape, dtype or v.dtype) for v in variables]
+        counts = [tf.zeros(v.shape, tf.int64) for v in variables] if sign_counts else []
+        return cls(tf.zeros([], tf.int64), tf.zeros([], tf.float64), zeros, zeros, counts, counts)
+
+    @classmethod
+    def of(cls, gradients: Sequence, losses, *, valid=None, sign_counts: bool = False) -> Moments:
+        """The moments of a batch of materialised per-example gradients.
+
+        Args:
+          gradients: per variable, `[n, *variable.shape]`.
+          losses: `[n]`.
+          valid: optional bool `[n]`; examples that are not valid (padding) count for nothing.
+          sign_counts: whether to count signs.
+        """
+        gradients = [tf.convert_to_tensor(g) for g in gradients]
+        losses = tf.cast(losses, tf.float64)
+        if valid is None:
+            valid = tf.ones(tf.shape(losses), tf.bool)
+        count = tf.math.count_nonzero(valid, dtype=tf.int64)
+        mean, m2, positives, negatives = [], [], [], []
+        for g in gradients:
+            mask = tf.reshape(valid, [-1] + [1] * (g.shape.rank - 1))
+            n = tf.cast(tf.maximum(count, 1), g.dtype)
+            center = tf.reduce_sum(tf.where(mask, g, 0), axis=0) / n
+            mean.append(center)
+            m2.append(tf.reduce_sum(tf.where(mask, tf.square(g - center), 0), axis=0))
+            if sign_counts:
+                positives.append(tf.math.count_nonzero(mask & (g > 0), axis=0))
+                negatives.append(tf.math.count_nonzero(mask & (g < 0), axis=0))
+        n = tf.cast(tf.maximum(count, 1), tf.float64)
+        loss = tf.reduce_sum(tf.where(valid, losses, 0)) / n
+        return cls(count, loss, mean, m2, positives, negatives)
+
+    def merge(self, other: Moments) -> Moments:
+        """The moments of the examples of both (Chan, Golub, LeVeque 1983; Pebay 2008).
+
+            n = n_a + n_b,  delta = mean_b - mean_a
+            mean = mean_a + delta n_b / n
+            m2 = m2_a + m2_b + delta^2 n_a n_b / n
+
+        Associative and commutative up to rounding; `Moments.empty` is neutral.
+        """
+        n = self.count + other.count
+        share = _float64(other.count) / _float64(n + _float_free(n == 0, n))  # 0 / 1 if both empty
+
+        def mean_of(a, b):
+            return a + (b - a) * _as_dtype_of(a, share)
+
+        def m2_of(mean_a, m2_a, mean_b, m2_b):
+            weight = _as_dtype_of(m2_a, _float64(self.count) * share)
+            return m2_a + m2_b + (mean_b - mean_a) ** 2 * weight
+
+        return Moments(
+            n,
+            mean_of(self.loss, other.loss),
+            [mean_of(a, b) for a, b in zip(self.mean, other.mean)],
+            [m2_of(*terms) for terms in zip(self.mean, self.m2, other.mean, other.m2)],
+            [a + b for a, b in zip(self.positives, other.positives)],
+            [a + b for a, b in zip(self.negatives, other.negatives)],
+        )
+
+    def variance(self, ddof: int = 0) -> list:
+        """Per variable, `m2 / (count - ddof)`: the sample-wise gradient variance rho^2.
+
+        Args:
+          ddof: 0 for the variance of these examples (the paper's estimators), 1 for the unbiased
+            estimate of the variance of the distribution they were drawn from.
+        """
+        return [v / _as_dtype_of(v, self.count - ddof) for v in self.m2]
+
+    def astype(self, dtype) -> Moments:
+        """The same moments with `mean` and `m2` as tensors of another dtype."""
+        return self._replace(
+            mean=[tf.cast(v, dtype) for v in self.mean], m2=[tf.cast(v, dtype) for v in self.m2]
+        )
+
+    def numpy(self) -> Moments:
+        """The same moments as numpy arrays."""
+        return tf.nest.map_structure(np.asarray, self)
+
+
+def _float64(value):
+    return tf.cast(value, tf.float64) if tf.is_tensor(value) else np.float64(value)
+
+
+def _float_free(condition, like):
+    """`condition` as 0 or 1 in the integer type of `like`."""
+    return tf.cast(condition, like.dtype) if tf.is_tensor(like) else int(condition)
+
+
+def _as_dtype_of(array, scalar):
+    return tf.cast(scalar, array.dtype) if tf.is_tensor(array) else array.dtype.type(scalar)
