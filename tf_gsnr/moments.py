@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow as tf
 
+from tf_gsnr import arrays
+
 Array = Any  # a numpy array or a TensorFlow tensor
 
 
@@ -104,10 +106,10 @@ class Moments(NamedTuple):
         share = _float64(other.count) / _float64(n + _float_free(n == 0, n))  # 0 / 1 if both empty
 
         def mean_of(a, b):
-            return a + (b - a) * _as_dtype_of(a, share)
+            return a + (b - a) * arrays.like(a, share)
 
         def m2_of(mean_a, m2_a, mean_b, m2_b):
-            weight = _as_dtype_of(m2_a, _float64(self.count) * share)
+            weight = arrays.like(m2_a, _float64(self.count) * share)
             return m2_a + m2_b + (mean_b - mean_a) ** 2 * weight
 
         return Moments(
@@ -126,7 +128,7 @@ class Moments(NamedTuple):
           ddof: 0 for the variance of these examples (the paper's estimators), 1 for the unbiased
             estimate of the variance of the distribution they were drawn from.
         """
-        return [v / _as_dtype_of(v, self.count - ddof) for v in self.m2]
+        return [v / arrays.like(v, self.count - ddof) for v in self.m2]
 
     def astype(self, dtype) -> Moments:
         """The same moments with `mean` and `m2` as tensors of another dtype."""
@@ -146,7 +148,3 @@ def _float64(value):
 def _float_free(condition, like):
     """`condition` as 0 or 1 in the integer type of `like`."""
     return tf.cast(condition, like.dtype) if tf.is_tensor(like) else int(condition)
-
-
-def _as_dtype_of(array, scalar):
-    return tf.cast(scalar, array.dtype) if tf.is_tensor(array) else array.dtype.type(scalar)

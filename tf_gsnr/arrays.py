@@ -1,0 +1,80 @@
+"""Arithmetic that reads the same for numpy arrays and for tensors in a graph.
+
+The names of numpy and `keras.ops` agree, so with `xp = namespace(value)` one formula serves both;
+numpy values are widened to float64 first, tensors keep their dtype.
+"""
+
+from __future__ import annotations
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+
+def namespace(value):
+    """numpy, or keras.ops for a tensor."""
+    return keras.ops if tf.is_tensor(value) else np
+
+
+def wide(arrays):
+    return [a if tf.is_tensor(a) else np.asarray(a, np.float64) for a in arrays]
+
+
+def like(array, scalar):
+    """The scalar in the array's dtype."""
+    return tf.cast(scalar, array.dtype) if tf.is_tensor(array) else array.dtype.type(scalar)
+
+
+def like_float(counts):
+    return tf.cast(counts, tf.float32) if tf.is_tensor(counts) else counts.astype(np.float64)
+
+
+def divide(a, b, where_zero):
+    """a / b, and `where_zero` where b is 0."""
+    xp = namespace(a)
+    zero = b == 0
+    return xp.where(zero, like(a, where_zero), a / xp.where(zero, like(b, 1), b))
+
+
+def total(arrays):
+    """The sum over all entries of all arrays."""
+    return sum(namespace(a).sum(a) for a in wide(arrays))
+
+
+def flat(arrays):
+    """All entries in one vector."""
+    xp = namespace(arrays[0])
+    return xp.concatenate([xp.reshape(a, [-1]) for a in arrays])
+
+
+def mean(values):
+    """The mean of what is not NaN; NaN if nothing is."""
+    xp = namespace(values)
+    alive = ~xp.isnan(values)
+    count = xp.sum(xp.where(alive, like(values, 1), like(values, 0)))
+    return scalar(divide(xp.sum(xp.where(alive, values, like(values, 0))), count, np.nan))
+
+
+def quantile(values, q):
+    """The q-quantile of what is not NaN, linearly interpolated; NaN if nothing is."""
+    xp = namespace(values)
+    alive = ~xp.isnan(values)
+    ordered = xp.sort(xp.where(alive, values, like(values, np.inf)))  # the NaN are last
+    count = xp.sum(xp.where(alive, 1, 0))
+    last = xp.maximum(count - 1, 0)
+    place = q * like(values, last)
+    below = xp.floor(place)
+    low, high = (
+        xp.take(ordered, index(k)) for k in (below, xp.minimum(below + 1, like(values, last)))
+    )
+    result = low + xp.where(place > below, (place - below) * (high - low), like(values, 0))
+    return scalar(xp.where(count > 0, result, like(values, np.nan)))
+
+
+def index(number):
+    return tf.cast(number, tf.int32) if tf.is_tensor(number) else int(number)
+
+
+def scalar(value):
+    """A Python number, or the tensor as it is."""
+    return value if tf.is_tensor(value) else np.asarray(value).item()
