@@ -193,6 +193,10 @@ def run(argv):
         overwrite=FLAGS.overwrite,
     )
     directory.write_config(_environment(FLAGS.engine, jit))
+    progress.say(
+        f"{FLAGS.experiment} on {FLAGS.dataset}: {len(configurations)} configurations into "
+        f"{directory.path}; engine {FLAGS.engine}, XLA {'on' if jit else 'off'}"
+    )
     _go_through(experiment, configurations, settings, source, directory, jit)
     return _finish(directory)
 
@@ -231,6 +235,8 @@ def _finish(directory):
 
 
 def main(argv):
+    if not FLAGS["verbosity"].present:
+        logging.set_verbosity(logging.WARNING)  # TensorFlow Datasets says much at INFO
     try:
         run(argv)
     except ValueError as error:

@@ -45,9 +45,15 @@ class Progress:
         self.stream.flush()
 
     def say(self, text: str):
-        """Writes a line that stays."""
-        self.stream.write(f"\r\033[K{text}\n" if self._terminal else f"{text}\n")
-        self.stream.flush()
+        """Writes a line that stays, above the one that is rewritten."""
+        say(text, self.stream)
+
+
+def say(text: str, stream=None):
+    """Writes a line that stays."""
+    stream = sys.stderr if stream is None else stream
+    stream.write(f"\r\033[K{text}\n" if stream.isatty() else f"{text}\n")
+    stream.flush()
 
 
 def _clock(seconds: float) -> str:

@@ -72,7 +72,10 @@ def build(model, loss, learning_rate: float, *, engine="auto", jit_compile=False
             variable.assign_sub(learning_rate * tf.cast(g, variable.dtype))
 
     def graph(function):
-        return tf.function(function, jit_compile=jit_compile, autograph=False)
+        # A grid goes through data sets of several sizes: after the second, one trace serves all.
+        return tf.function(
+            function, jit_compile=jit_compile, autograph=False, reduce_retracing=True
+        )
 
     @graph
     def descend(chunks, steps, last_loss):

@@ -47,8 +47,8 @@ class Settings(NamedTuple):
     seed: int
 
 
-# The paper's settings, for what is not given. [text] stands in its prose, [derived] follows from it,
-# [reported] stands in other public write-ups of it, [ours] is our choice.
+# The paper's settings, for what is not given: [text] stands in its prose, [derived] follows from
+# it, [reported] stands in other public write-ups of it, [ours] is our choice.
 PAPER = {
     "mnist": dict(
         model="mnist_cnn",  # table 2 [derived]
