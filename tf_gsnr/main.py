@@ -151,8 +151,7 @@ def _environment(engine, jit_compile):
     ]
     return {
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
-        "flags": {f.name: f.value for f in FLAGS.get_key_flags_for_module("tf_gsnr.main") or []}
-        | {f.name: f.value for f in FLAGS.get_key_flags_for_module(sys.argv[0])},
+        "flags": _flag_values(f.name for f in FLAGS.get_key_flags_for_module(sys.argv[0])),
         "versions": {
             "tf_gsnr": __version__,
             "tensorflow": tf.__version__,
