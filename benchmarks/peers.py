@@ -15,7 +15,6 @@ os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import argparse
-import resource
 import subprocess
 import sys
 import tempfile
@@ -54,6 +53,7 @@ def serve(name, path):
     import keras
     import networks
     import tensorflow as tf
+    from memory import peak_mib
 
     from tf_gsnr.gradients import layerwise
     from tf_gsnr.gradients.losses import per_example_loss
@@ -96,7 +96,7 @@ def serve(name, path):
     mean, m2 = once()
     arrays = {f"mean{j:02d}": v for j, v in enumerate(mean)}
     np.savez(f"{path}.{name}.npz", **arrays, **{f"m2{j:02d}": v for j, v in enumerate(m2)})
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, flush=True)
+    print(peak_mib(), flush=True)
 
 
 class Process:
@@ -130,7 +130,7 @@ class Process:
 
 def compare(network, batch, seconds, torch_python):
     import networks
-    from peers_torch import to_torch
+    from layouts import to_torch
 
     model, x, y = networks.NETWORKS[network](batch)
     weights = [np.asarray(v) for v in model.trainable_variables]
@@ -144,6 +144,7 @@ def compare(network, batch, seconds, torch_python):
         end = time.perf_counter() + seconds
         while time.perf_counter() < end or len(running[0].times) < 5:
             for process in running:
+                time.sleep(0.3)  # until the threads of the one before have stopped spinning
                 process.times.append(process.ask("run"))
         results = {p.name: p.result() for p in running}
         _, ours = results["tf_gsnr layerwise"]

@@ -7,12 +7,13 @@ writes its moments beside FILE and answers with its peak memory in MiB. Index le
 """
 
 import copy
-import resource
 import sys
 import time
 
 import numpy as np
 import torch
+from layouts import to_torch
+from memory import peak_mib
 from torch import nn
 
 
@@ -39,18 +40,6 @@ def network(name, weights):
         for parameter, value in zip(model.parameters(), weights):
             parameter.copy_(torch.tensor(to_torch(value, weights)))
     return model
-
-
-def to_torch(value, weights):
-    """A Keras weight (or moment) in PyTorch's layout; both flatten images in their own order."""
-    if value.ndim == 4:
-        return np.ascontiguousarray(value.transpose(3, 2, 0, 1))
-    if value.ndim == 2:
-        width = weights[0].shape[-1]
-        if weights[0].ndim == 4 and value.shape[0] == 16 * width:
-            value = value.reshape(4, 4, width, -1).transpose(2, 0, 1, 3).reshape(value.shape)
-        return np.ascontiguousarray(value.T)
-    return value
 
 
 def method(name, model, x, y):
@@ -136,7 +125,7 @@ def main():
     arrays = {f"mean{j:02d}": v.detach().numpy() for j, v in enumerate(mean)}
     arrays.update({f"m2{j:02d}": v.detach().numpy() for j, v in enumerate(m2)})
     np.savez(f"{path}.{name}.npz", **arrays)
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, flush=True)
+    print(peak_mib(), flush=True)
 
 
 if __name__ == "__main__":

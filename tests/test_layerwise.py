@@ -350,6 +350,16 @@ def test_explain_and_check_engine():
     assert "fallback" in str(table)
 
 
+@pytest.mark.parametrize("name", ["conv2d_wide", "dense_sequence", "mlp", "shared_convolution"])
+def test_blocks(name, truths, monkeypatch):
+    """What does not fit into one block is taken apart; the result is the same."""
+    from tf_gsnr.gradients import forms
+
+    monkeypatch.setattr(forms, "BLOCK_BYTES", 200)
+    model, x, y = zoo.make(name)
+    check(measured("layerwise", model, x, y).moments, model, truths(name), "float32")
+
+
 def test_norms_of_every_form():
     """Each example's squared norm, from the same form."""
     from tf_gsnr.gradients import forms

@@ -13,6 +13,7 @@ from typing import Any
 import tensorflow as tf
 
 BLOCK_BYTES = 32 * 2**20  # of the [n, parameters] that one step of a form materialises
+UNKNOWN_BATCH = 1024  # stands for n where it is not known when traced
 # Below this share of sum g^2 the spread is computed again from centred gradients: n mean^2 is then
 # so close to sum g^2 that their difference would lose digits.
 CENTRED_BELOW = 0.02
@@ -65,8 +66,11 @@ class Form:
         return tf.add_n([tf.reduce_sum(tf.square(block()), 1) for block in self.blocks()])
 
     def _assemble(self, fn):
-        """`fn` of each block, put together in the shape of the variable."""
-        parts = [fn(block()) for block in self.blocks()]
+        """`fn` of each block, one after the other, put together in the shape of the variable."""
+        parts = []
+        for block in self.blocks():
+            with tf.control_dependencies(tf.nest.flatten(parts[-1:])):
+                parts.append(fn(block()))
         if not isinstance(parts[0], tuple):
             return tf.reshape(_concat(parts, 0), self.shape)
         return tuple(tf.reshape(_concat(p, 0), self.shape) for p in zip(*parts))
@@ -105,7 +109,7 @@ class Outer(Form):
         return tf.cast(function(), self.dtype)
 
     def blocks(self):
-        n = self.dz.shape[0] or 1024
+        n = self.dz.shape[0] or UNKNOWN_BATCH
         outputs = self.dz.shape[-1]
         blocks = []
         for function in self.columns:
