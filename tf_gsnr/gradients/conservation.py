@@ -140,7 +140,7 @@ def _random_loss(predictions, n):
             continue
         factors = tf.random.stateless_normal(tf.shape(output), [k, 7])
         terms = tf.reshape(output * tf.cast(factors, output.dtype), [n, -1])
-        total.append(tf.cast(tf.reduce_sum(terms, 1), keras.backend.floatx()))
+        total.append(tf.cast(tf.reduce_sum(terms, 1), tf.float64))
     return tf.add_n(total)
 
 
@@ -158,8 +158,8 @@ def _random_like(model, x):
         if dtype.is_integer or dtype.is_bool:
             return rng.integers(0, 2, size=shape).astype(dtype.as_numpy_dtype)
         raise NotConserved(
-            f"model {model.name!r} takes {dtype.name} inputs, on which the layer-wise engine cannot "
-            "be checked: use engine='vectorized'"
+            f"model {model.name!r} takes {dtype.name} inputs, on which the layer-wise engine "
+            "cannot be checked: use engine='vectorized'"
         )
 
     return tf.nest.map_structure(random, x)

@@ -13,6 +13,7 @@ from typing import Any
 import tensorflow as tf
 
 BLOCK_BYTES = 32 * 2**20  # of the [n, parameters] that one step of a form materialises
+UNKNOWN_BATCH = 1024  # stands for n where it is not known when traced
 # Below this share of sum g^2 the spread is computed again from centred gradients: n mean^2 is then
 # so close to sum g^2 that their difference would lose digits.
 CENTRED_BELOW = 0.02
@@ -65,8 +66,11 @@ class Form:
         return tf.add_n([tf.reduce_sum(tf.square(block()), 1) for block in self.blocks()])
 
     def _assemble(self, fn):
-        """`fn` of each block, put together in the shape of the variable."""
-        parts = [fn(block()) for block in self.blocks()]
+        """`fn` of each block, one after the other, put together in the shape of the variable."""
+        parts = []
+        for block in self.blocks():
+            with tf.control_dependencies(tf.nest.flatten(parts[-1:])):
+                parts.append(fn(block()))
         if not isinstance(parts[0], tuple):
             return tf.reshape(_concat(parts, 0), self.shape)
         return tuple(tf.reshape(_concat(p, 0), self.shape) for p in zip(*parts))
@@ -105,7 +109,7 @@ class Outer(Form):
         return tf.cast(function(), self.dtype)
 
     def blocks(self):
-        n = self.dz.shape[0] or 1024
+        n = self.dz.shape[0] or UNKNOWN_BATCH
         outputs = self.dz.shape[-1]
         blocks = []
         for function in self.columns:
@@ -145,28 +149,34 @@ class Outer(Form):
         # dz / sqrt(n) makes the product sqrt(n) mean, whose square is what m2 lacks.
         root = tf.sqrt(count)
         scaled = tf.matmul(x, dz / root, transpose_a=True)
-        squares = tf.matmul(tf.square(x), tf.square(dz), transpose_a=True)
-        m2 = squares - tf.square(scaled)
-        cancels = tf.reduce_any(m2 < CENTRED_BELOW * squares)
-        m2 = tf.cond(
-            cancels,
-            lambda: tf.reshape(Form.moments(self, count, valid)[1], tf.shape(m2)),
-            lambda: m2,
-        )
+        m2 = tf.matmul(tf.square(x), tf.square(dz), transpose_a=True) - tf.square(scaled)
+        mean = scaled / root
+
+        def centred():
+            return tf.reshape(Form.moments(self, count, valid)[1], tf.shape(m2))
+
+        def checked():
+            # m2 < share sum g^2, which is m2 + n mean^2
+            share = CENTRED_BELOW / (1 - CENTRED_BELOW)
+            cancels = tf.reduce_any(m2 < share * count * tf.square(mean))
+            return tf.cond(cancels, centred, lambda: m2)
+
+        # By Cauchy and Schwarz n mean^2 is at most the share of examples with x dz != 0, times
+        # sum g^2: where each x or each dz is zero now and then (ReLU), there is nothing to check.
+        few = (1 - CENTRED_BELOW) * count
+        dense = [tf.reduce_any(tf.reduce_sum(_nonzero(v), 0) > few) for v in (x, dz)]
+        m2 = tf.cond(dense[0] & dense[1], checked, lambda: m2)
         m2 = tf.ensure_shape(m2, [x.shape[-1], dz.shape[-1]])
-        return tf.reshape(scaled / root, self.shape), tf.reshape(m2, self.shape)
+        return tf.reshape(mean, self.shape), tf.reshape(m2, self.shape)
 
     def signs(self):
         if not self.factored:
             return super().signs()
         x, dz = self._flat()
-        up, down = (tf.cast(tf.concat([x > 0, x < 0], 0), self.dtype), None)
-        positive = tf.concat([dz > 0, dz < 0], 0)
-        negative = tf.concat([dz < 0, dz > 0], 0)
-        counts = [
-            tf.matmul(up, tf.cast(side, self.dtype), transpose_a=True)
-            for side in (positive, negative)
-        ]
+        up = tf.cast(tf.concat([x > 0, x < 0], 0), self.dtype)
+        positive = tf.cast(tf.concat([dz > 0, dz < 0], 0), self.dtype)
+        negative = tf.cast(tf.concat([dz < 0, dz > 0], 0), self.dtype)
+        counts = [tf.matmul(up, side, transpose_a=True) for side in (positive, negative)]
         return tuple(tf.reshape(tf.cast(c, tf.int64), self.shape) for c in counts)
 
     def square_norms(self):
@@ -269,6 +279,10 @@ def add(forms: Sequence[Form]) -> Form:
 
 def _positions(v):
     return v[:, tf.newaxis, :] if v.shape.rank == 2 else v
+
+
+def _nonzero(v):
+    return tf.cast(tf.not_equal(v, 0), v.dtype)
 
 
 def _concat(parts, axis):

@@ -13,7 +13,16 @@ from collections.abc import Callable
 import keras
 import tensorflow as tf
 
-from tf_gsnr.gradients import capture, conservation, contract, fallback, forms, layer_rules, rules
+from tf_gsnr.gradients import (
+    capture,
+    conservation,
+    contract,
+    fallback,
+    forms,
+    layer_rules,
+    recurrent,
+    rules,
+)
 from tf_gsnr.moments import Moments
 
 assert layer_rules  # importing it registers Keras's layers
@@ -96,11 +105,15 @@ def modes(model, training, batch_norm):
     return contextlib.nullcontext()
 
 
+def whole_layers(model) -> list:
+    """Recurrent layers: they run their cell fused, or in a loop, where it cannot be observed."""
+    return [layer for layer in contract.sublayers(model) if isinstance(layer, keras.layers.RNN)]
+
+
 def forward_backward(model, loss_of, x, *, seeds, training) -> capture.Pass:
     """`capture.run` with the units that the model needs."""
     layers = contract.sublayers(model)
-    # A recurrent layer may run its cell fused, or in a loop, where it cannot be observed.
-    whole = [layer for layer in layers if isinstance(layer, keras.layers.RNN)]
+    whole = whole_layers(model)
     while True:
         units = capture.units_of(model, whole, rules.activation_of)
         found = capture.run(model, units, loss_of, x, seeds=seeds, training=training)
@@ -121,6 +134,7 @@ def forms_of(calls, folds=None) -> dict:
     by_variable = {}
     for call, fold in zip(calls, folds or [None] * len(calls), strict=True):
         call.fold = _fold(call, fold)
+    for call in recurrent.together(calls):
         if not call.used:
             continue
         rule = None if call.unit.whole else rules.rule_of(call.layer)
