@@ -19,6 +19,7 @@ _HOMES = {
     "summarize": "tf_gsnr.metrics",
     "osgr_predicted": "tf_gsnr.metrics",
     "osgr_measured": "tf_gsnr.metrics",
+    "GSNRModel": "tf_gsnr.training.model",
 }
 
 __all__ = ["__version__", *_HOMES]
