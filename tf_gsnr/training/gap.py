@@ -52,7 +52,7 @@ def preconditioner(optimizer, gradients) -> list:
     """
     optimizer = _inner(optimizer)
     rate = tf.cast(tf.convert_to_tensor(optimizer.learning_rate), tf.float32)
-    k = tf.cast(tf.maximum(optimizer.iterations.value, 1), tf.float32)
+    k = tf.cast(tf.maximum(tf.convert_to_tensor(optimizer.iterations), 1), tf.float32)
     name = type(optimizer).__name__
     if name == "SGD":
         mu = optimizer.momentum
