@@ -127,9 +127,7 @@ CASES = {
     "accumulation": (mlp, lambda: compiled(SGD(0.3, gradient_accumulation_steps=3)), ARRAYS),
     "average": (
         mlp,
-        lambda: compiled(
-            SGD(0.3, 0.9, use_ema=True, ema_momentum=0.8, ema_overwrite_frequency=4)
-        ),
+        lambda: compiled(SGD(0.3, 0.9, use_ema=True, ema_momentum=0.8, ema_overwrite_frequency=4)),
         ARRAYS,
     ),
     "loss scale": (
@@ -143,9 +141,7 @@ CASES = {
     "sum": (mlp, lambda: compiled(loss=CROSSENTROPY(from_logits=True, reduction="sum")), ARRAYS),
     "weighted mean": (
         mlp,
-        lambda: compiled(
-            loss=CROSSENTROPY(from_logits=True, reduction="mean_with_sample_weight")
-        ),
+        lambda: compiled(loss=CROSSENTROPY(from_logits=True, reduction="mean_with_sample_weight")),
         dict(ARRAYS, sample_weight=WEIGHTS),
     ),
     "masked": (tagger, lambda: compiled(SGD(0.3), weighted_metrics=["accuracy"]), TAGS),

@@ -152,7 +152,7 @@ class GSNRModel(keras.Model):
         meter = self._prepared(data)
         measure = gradients.build_engine(
             self.inner,
-            losses.per_example_loss(self.loss, self),
+            losses.per_example_loss(None, self),
             engine=self.engine,
             sign_counts=meter.sign_counts,
             training=True,

@@ -52,7 +52,10 @@ def plain(model, state, x, y, sample_weight) -> Found:
 
 def _plain(model, state, x, y, sample_weight):
     with tf.GradientTape(persistent=True) as tape:
-        with keras.StatelessScope() as scope:
+        # In the scope, Keras looks up only there what its regularisers are to penalise.
+        penalised = [v for v in model.trainable_variables if v.regularizer is not None]
+        values = [(v, v.value) for v in penalised]
+        with keras.StatelessScope(values, collect_losses=True) as scope:
             predictions = model(x, training=True)
             loss = model.compute_loss(x, y, predictions, sample_weight, training=True)
             penalties = [tf.reduce_sum(tf.cast(p, loss.dtype)) for p in model.losses]
