@@ -32,6 +32,7 @@ def like_float(counts):
 def divide(a, b, where_zero):
     """a / b, and `where_zero` where b is 0."""
     xp = namespace(a)
+    a, b = (v if tf.is_tensor(v) else np.asarray(v) for v in (a, b))
     zero = b == 0
     return xp.where(zero, like(a, where_zero), a / xp.where(zero, like(b, 1), b))
 
@@ -59,7 +60,7 @@ def quantile(values, q):
     """The q-quantile of what is not NaN, linearly interpolated; NaN if nothing is."""
     xp = namespace(values)
     alive = ~xp.isnan(values)
-    ordered = xp.sort(xp.where(alive, values, like(values, np.inf)))  # the NaN are last
+    ordered = xp.sort(xp.where(alive, values, like(values, 3e38)))  # the NaN come last
     count = xp.sum(xp.where(alive, 1, 0))
     last = xp.maximum(count - 1, 0)
     place = q * like(values, last)

@@ -150,7 +150,7 @@ def osgr_predicted(list_of_moments) -> float:
     if isinstance(list_of_moments, Moments):
         list_of_moments = [list_of_moments]
     noise, signal = zip(*map(osgr_terms, list_of_moments))
-    return 1 - sum(noise) / sum(signal)
+    return 1 - arrays.scalar(arrays.divide(sum(noise), sum(signal), np.nan))
 
 
 def osgr_from_gsnr(list_of_moments) -> float:

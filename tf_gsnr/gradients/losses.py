@@ -40,7 +40,8 @@ def per_example_loss(loss, model=None) -> Callable:
     weights = None
     if loss is None:
         loss = getattr(model, "loss", None)
-        weights = getattr(model, "loss_weights", None)
+        compiled = getattr(model, "_compile_loss", None)  # Keras has no public name for it
+        weights = getattr(compiled, "_user_loss_weights", None)
         if loss is None:
             raise ValueError(
                 f"loss=None, and model {getattr(model, 'name', model)!r} is not compiled with one: "

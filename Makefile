@@ -1,0 +1,40 @@
+# The commands of the project; BUILD.md explains them. Needs Python 3.10 to 3.13 and make.
+PYTHON ?= python3
+VENV ?= .venv
+RUN := $(VENV)/bin/python
+
+.PHONY: help quickstart test lint bench clean
+
+help:
+	@echo "make quickstart   install into $(VENV) and run the toy experiment (no download)"
+	@echo "make test         install into $(VENV) and run the tests"
+	@echo "make lint         check style and errors by ruff"
+	@echo "make bench        time the engines against the plain gradient"
+	@echo "make clean        remove $(VENV) and build products (never runs/)"
+
+quickstart: $(VENV)/installed
+	$(RUN) -m tf_gsnr.main --flagfile=flags/quickstart.flags
+
+test: $(VENV)/installed
+	$(RUN) -m pytest
+
+lint: $(VENV)/installed-dev
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+bench: $(VENV)/installed
+	$(RUN) benchmarks/engines.py
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info
+
+$(VENV)/installed: setup.py
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 10) <= v <= (3, 13) else "tf_gsnr needs Python 3.10 to 3.13, and $(PYTHON) is %d.%d: make PYTHON=python3.12 ..." % v)'
+	$(PYTHON) -m venv $(VENV)
+	@echo "installing TensorFlow and the rest into $(VENV); this takes a minute or two"
+	$(RUN) -m pip install --quiet --disable-pip-version-check --editable '.[test]'
+	@touch $@
+
+$(VENV)/installed-dev: $(VENV)/installed
+	$(RUN) -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@

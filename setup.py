@@ -1,0 +1,36 @@
+"""Packaging of tf_gsnr; see BUILD.md."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "tf_gsnr/__init__.py").read_text()).group(1)
+
+setup(
+    name="tf_gsnr",
+    version=VERSION,
+    description="The gradient signal-to-noise ratio of every parameter of a Keras model",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    packages=find_packages(include=["tf_gsnr", "tf_gsnr.*"]),
+    python_requires=">=3.10,<3.14",
+    install_requires=[
+        "absl-py",
+        "keras>=3.8",
+        "matplotlib>=3.7",
+        "numpy",
+        "tensorflow>=2.18",
+        "tensorflow-datasets>=4.9",
+        # tensorflow-datasets imports it and does not declare it.
+        "importlib_resources",
+    ],
+    extras_require={
+        "test": ["pytest"],
+        "tensorboard": ["tensorboard"],
+        "gpu": ["tensorflow[and-cuda]"],
+        "dev": ["build", "ruff"],
+    },
+)

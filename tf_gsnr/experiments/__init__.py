@@ -1,0 +1,49 @@
+"""The experiments of the paper, one file each.
+
+An experiment is a module with
+    Settings         a NamedTuple of all that its records depend on
+    GRID             the names of the settings that are lists it goes through
+    settings(**given) -> Settings
+    configurations(settings) -> list of dict, each of which can be run, skipped or moved alone
+    work(configuration, settings) -> float, proportional to its time
+    run(configuration, settings, workbench) -> iterator of flat records
+and a line in `EXPERIMENTS`; its figure and its summary are in `plots.FIGURES`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any, NamedTuple
+
+EXPERIMENTS = {"osgr": "tf_gsnr.experiments.osgr"}
+
+
+class Workbench(NamedTuple):
+    """What an experiment is given to work with, besides its settings.
+
+    Attributes:
+      source: the opened data set, `data.Source`.
+      directory: the `records.RunDirectory`, for its checkpoint.
+      progress: `progress.Progress`, told of work in the units of the experiment's `work`.
+      engine: the name of the engine.
+      jit_compile: whether XLA compiles.
+      traced: what an experiment keeps between configurations, so as to trace each network once.
+    """
+
+    source: Any
+    directory: Any
+    progress: Any
+    engine: str = "auto"
+    jit_compile: bool = False
+    traced: dict = {}
+
+
+def load(name: str):
+    """The module of the named experiment.
+
+    Raises:
+      ValueError: an unknown name.
+    """
+    if name not in EXPERIMENTS:
+        raise ValueError(f"unknown experiment {name!r}; available: {', '.join(EXPERIMENTS)}")
+    return importlib.import_module(EXPERIMENTS[name])

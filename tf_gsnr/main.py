@@ -1,0 +1,250 @@
+r"""Runs an experiment of "Understanding Why Neural Networks Generalize Well Through GSNR of
+Parameters" (Liu et al., ICLR 2020).
+
+  python -m tf_gsnr.main --flagfile=flags/quickstart.flags
+  python -m tf_gsnr.main --flagfile=flags/mnist_small.flags --data_dir=DIR
+
+What it makes is in runs/<name>/: config.json, records.jsonl (a line a measurement), summary.json
+and figures/. The same command again goes on where the last one stopped. Ctrl-C is safe at any time.
+
+Grids are comma-separated or repeated: --n=500,1000 --n=2000. One on the command line replaces the
+flagfile's. What is not given is the paper's value for the data set.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+import time
+from pathlib import Path
+
+# Convolutions on a CPU are several times faster with oneDNN, which TensorFlow turns on by itself
+# only where the CPU has AVX-512; it must be chosen before TensorFlow is imported.
+os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+from absl import app, flags, logging  # noqa: E402
+
+from tf_gsnr import __version__, plots, progress, records  # noqa: E402
+
+FLAGS = flags.FLAGS
+
+
+class _List(flags.ArgumentParser):
+    """Comma-separated numbers."""
+
+    def __init__(self, number):
+        self.number = number
+        self.syntactic_help = f"a comma separated list of {number.__name__} numbers"
+
+    def parse(self, argument):
+        if isinstance(argument, (int, float)):
+            return [self.number(argument)]
+        try:
+            return [self.number(part) for part in str(argument).split(",") if part.strip()]
+        except ValueError:
+            raise ValueError(
+                f"{argument!r} is not a comma separated list of {self.number.__name__} numbers"
+            ) from None
+
+    def flag_type(self):
+        return f"list of {self.number.__name__}"
+
+
+class _ListSerializer(flags.ArgumentSerializer):
+    def serialize(self, value):
+        return ",".join(map(str, value))
+
+
+def _define_grid(name, number, help_text):
+    flags.DEFINE_multi(_List(number), _ListSerializer(), name, None, help_text)
+
+
+flags.DEFINE_string("experiment", "osgr", "Which experiment: osgr (figures 4, 9 and 11).")
+flags.DEFINE_string(
+    "dataset",
+    "mnist",
+    "toy (generated), mnist, cifar10 or another image-classification data set of TensorFlow "
+    "Datasets.",
+)
+flags.DEFINE_string(
+    "data_dir",
+    None,
+    "Where TensorFlow Datasets keeps its data: the directory that holds mnist/. Default: TFDS's "
+    "own, ~/tensorflow_datasets. What is missing is downloaded.",
+)
+flags.DEFINE_string("runs_dir", "runs", "Where run directories go.")
+flags.DEFINE_string("name", None, "Name of the run directory. Default: <experiment>_<dataset>.")
+flags.DEFINE_bool("overwrite", False, "Throw away what an earlier run left in the run directory.")
+flags.DEFINE_integer("seed", 0, "Of the initial weights, the training sets and the label noise.")
+flags.DEFINE_string(
+    "engine", "auto", "How per-example gradients are obtained: auto, layerwise or vectorized."
+)
+flags.DEFINE_enum(
+    "jit_compile",
+    "auto",
+    ["auto", "true", "false"],
+    "Compile with XLA; auto: on an accelerator and not on a CPU.",
+)
+flags.DEFINE_string("model", None, "Which network. Default: the paper's for the data set.")
+_define_grid("n", int, "Training-set sizes.")
+_define_grid("p_random", float, "Probabilities with which a label is replaced by a random one.")
+_define_grid("width", int, "Widths of the network: p of table 2, hidden units on toy data.")
+_define_grid("epochs", int, "Gradient-descent iterations at which both sides are measured.")
+flags.DEFINE_integer("training_sets", None, "M, the training sets a configuration has.")
+flags.DEFINE_float("learning_rate", None, "lambda, the step of full-batch gradient descent.")
+flags.DEFINE_integer("test_size", None, "Test examples. Default: the whole test set.")
+flags.DEFINE_integer("batch_size", 500, "Examples a micro-batch; speed and memory only.")
+flags.DEFINE_float("toy_input_scale", 1.0, "Toy data: inputs are uniform on +- this [ours].")
+flags.DEFINE_float("toy_noise_scale", 0.01, "Toy data: noise is uniform on +- this [ours].")
+flags.DEFINE_string(
+    "shard", None, "i/k: only every k-th configuration from the i-th on (0 <= i < k)."
+)
+
+
+def parse_flags(argv):
+    """absl's parser, but a grid given on the command line replaces the flagfile's."""
+    from_file = [a for a in argv[1:] if a.lstrip("-").startswith("flagfile")]
+    direct = [a for a in argv[1:] if a not in from_file]
+    try:
+        FLAGS([argv[0], *from_file])
+        for name in FLAGS:
+            if isinstance(FLAGS[name], flags.MultiFlag):
+                FLAGS[name].present = 0  # the next value given starts the list anew
+        return FLAGS([argv[0], *direct])
+    except flags.Error as error:
+        sys.exit(f"{error}\nSee {Path(argv[0]).name} --help")
+
+
+def _flag_values(names):
+    values = {}
+    for name in names:
+        if name in FLAGS:
+            value = FLAGS[name].value
+            if isinstance(FLAGS[name], flags.MultiFlag) and value is not None:
+                value = [number for part in value for number in part]
+            values[name] = value
+    return values
+
+
+def _shard(configurations):
+    if FLAGS.shard is None:
+        return configurations
+    try:
+        i, k = map(int, FLAGS.shard.split("/"))
+    except ValueError:
+        i, k = 0, 0
+    if not 0 <= i < k:
+        raise ValueError(f"--shard={FLAGS.shard}: expected i/k with 0 <= i < k, such as 0/4")
+    return configurations[i::k]
+
+
+def _environment(engine, jit_compile):
+    import keras
+    import numpy
+    import tensorflow as tf
+
+    devices = [
+        tf.config.experimental.get_device_details(d).get("device_name", d.device_type)
+        for d in tf.config.list_physical_devices()
+    ]
+    return {
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "flags": {f.name: f.value for f in FLAGS.get_key_flags_for_module("tf_gsnr.main") or []}
+        | {f.name: f.value for f in FLAGS.get_key_flags_for_module(sys.argv[0])},
+        "versions": {
+            "tf_gsnr": __version__,
+            "tensorflow": tf.__version__,
+            "keras": keras.__version__,
+            "numpy": numpy.__version__,
+            "python": platform.python_version(),
+        },
+        "devices": devices,
+        "cpus": os.cpu_count(),
+        "engine": engine,
+        "jit_compile": jit_compile,
+        "started": time.strftime("%Y-%m-%d %H:%M:%S"),
+    }
+
+
+def run(argv):
+    """Runs the experiment that the flags describe and returns its run directory."""
+    if len(argv) > 1:
+        raise ValueError(f"unexpected arguments {argv[1:]}: every option is a --flag=value")
+    from tf_gsnr import data, experiments, gradients  # imports TensorFlow
+
+    experiment = experiments.load(FLAGS.experiment)
+    gradients.check_engine_name(FLAGS.engine)
+    jit = {"auto": "auto", "true": True, "false": False}[FLAGS.jit_compile]
+    jit = gradients.resolve_jit_compile(jit)
+    settings = experiment.settings(**_flag_values(experiment.Settings._fields))
+    configurations = _shard(experiment.configurations(settings))
+    options = dict(input_scale=FLAGS.toy_input_scale, noise_scale=FLAGS.toy_noise_scale)
+    source = data.load(FLAGS.dataset, FLAGS.data_dir, **options)
+    if source.pool is not None and max(settings.n) > source.pool:
+        raise ValueError(
+            f"--n={max(settings.n)}: {source.name} has {source.pool} training examples"
+        )
+    directory = records.RunDirectory(
+        Path(FLAGS.runs_dir) / (FLAGS.name or f"{FLAGS.experiment}_{FLAGS.dataset}"),
+        settings._asdict() | {"experiment": FLAGS.experiment},
+        grown=experiment.GRID,
+        overwrite=FLAGS.overwrite,
+    )
+    directory.write_config(_environment(FLAGS.engine, jit))
+    progress.say(
+        f"{FLAGS.experiment} on {FLAGS.dataset}: {len(configurations)} configurations into "
+        f"{directory.path}; engine {FLAGS.engine}, XLA {'on' if jit else 'off'}"
+    )
+    _go_through(experiment, configurations, settings, source, directory, jit)
+    return _finish(directory)
+
+
+def _go_through(experiment, configurations, settings, source, directory, jit):
+    """Runs the configurations that are not complete and writes their records."""
+    from tf_gsnr.experiments import Workbench
+
+    works = [experiment.work(c, settings) for c in configurations]
+    bar = progress.Progress(sum(works))
+    bench = Workbench(source, directory, bar, FLAGS.engine, jit, traced={})
+    written = directory.records()
+    for index, (configuration, work) in enumerate(zip(configurations, works)):
+        epochs = {r["epoch"] for r in written if all(r[k] == v for k, v in configuration.items())}
+        if set(settings.epochs) <= epochs:
+            bar.skip(work)
+            continue
+        begin = time.monotonic()
+        for record in experiment.run(configuration, settings, bench):
+            if record["epoch"] not in epochs:
+                directory.append(record)
+        text = ", ".join(f"{k}={v}" for k, v in configuration.items())
+        seconds = time.monotonic() - begin
+        bar.say(f"configuration {index + 1} of {len(configurations)}: {text} in {seconds:.0f} s")
+
+
+def _finish(directory):
+    """Summary, table and figure of all records of the run."""
+    found = directory.records()
+    _, _, summary_of, table_of = plots.FIGURES[FLAGS.experiment]
+    directory.write_json("summary.json", {"experiment": FLAGS.experiment, **summary_of(found)})
+    figure = plots.draw(FLAGS.experiment, found, directory.path / "figures")
+    print(table_of(found))
+    print(f"\nrecords: {directory.path / 'records.jsonl'}\nfigure:  {figure}")
+    return directory
+
+
+def main(argv):
+    if not FLAGS["verbosity"].present:
+        logging.set_verbosity(logging.WARNING)  # TensorFlow Datasets says much at INFO
+    try:
+        run(argv)
+    except ValueError as error:
+        logging.debug("", exc_info=True)
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("\nstopped; the same command goes on from here")
+
+
+if __name__ == "__main__":
+    app.run(main, flags_parser=parse_flags)

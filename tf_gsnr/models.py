@@ -1,0 +1,61 @@
+"""A model's name -> the network, as the paper has it.
+
+To add one: a function `(input_shape, outputs, width) -> keras.Model`, and a line in `MODELS`.
+The last layer is linear: logits for a classification, the prediction for a regression.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import keras
+from keras import layers
+
+
+def mnist_cnn(input_shape, outputs, width) -> keras.Model:
+    """Table 2: two blocks of conv 5x5, relu, maxpool 2; dense 10p, relu; dense 10. p: the width."""
+    return keras.Sequential(
+        [
+            keras.Input(input_shape),
+            layers.Conv2D(width, 5, activation="relu"),
+            layers.MaxPooling2D(2),
+            layers.Conv2D(width, 5, activation="relu"),
+            layers.MaxPooling2D(2),
+            layers.Flatten(),
+            layers.Dense(10 * width, activation="relu"),
+            layers.Dense(outputs),
+        ],
+        name="mnist_cnn",
+    )
+
+
+def toy_mlp(input_shape, outputs, width) -> keras.Model:
+    """Appendix A.3: two inputs, one hidden relu layer of `width` units, one output."""
+    return keras.Sequential(
+        [
+            keras.Input(input_shape),
+            layers.Dense(width, activation="relu"),
+            layers.Dense(outputs),
+        ],
+        name="toy_mlp",
+    )
+
+
+MODELS: dict[str, Callable] = {"mnist_cnn": mnist_cnn, "toy_mlp": toy_mlp}
+
+
+def build(name: str, input_shape, outputs: int, width: int, seed: int) -> keras.Model:
+    """Builds the named network; the same seed gives the same initial weights.
+
+    Raises:
+      ValueError: an unknown name.
+
+    Example:
+
+    >>> build("toy_mlp", (2,), 1, width=20, seed=0).count_params()
+    81
+    """
+    if name not in MODELS:
+        raise ValueError(f"unknown model {name!r}; available: {', '.join(MODELS)}")
+    keras.utils.set_random_seed(seed)
+    return MODELS[name](input_shape, outputs, width)

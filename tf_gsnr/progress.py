@@ -1,0 +1,64 @@
+"""Says how far a long run is and how long it still takes, on one line."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+
+class Progress:
+    """Counts work done of work planned.
+
+    Args:
+      total: planned work, in any unit proportional to time.
+      stream: where to write; a terminal gets one line that is rewritten, a file a line now and
+        then.
+    """
+
+    def __init__(self, total: float, stream=None):
+        self.total = total
+        self.done = 0.0
+        self.stream = sys.stderr if stream is None else stream
+        self.start = time.monotonic()
+        self.skipped = 0.0
+        self._terminal = self.stream.isatty()
+        self._last = -float("inf")
+
+    def skip(self, work: float):
+        """Counts work that an earlier run has done already."""
+        self.done += work
+        self.skipped += work
+
+    def advance(self, work: float, text: str):
+        """Counts work as done and shows `text` with the share done and the time left."""
+        self.done += work
+        now = time.monotonic()
+        if now - self._last < (0.2 if self._terminal else 10):
+            return
+        self._last = now
+        elapsed = now - self.start
+        share = self.done / self.total
+        worked = self.done - self.skipped
+        left = elapsed * (self.total - self.done) / worked if worked > 0 else float("nan")
+        line = f"{text} | {share:4.0%} done, {_clock(elapsed)} elapsed, about {_clock(left)} left"
+        self.stream.write(f"\r\033[K{line}" if self._terminal else f"{line}\n")
+        self.stream.flush()
+
+    def say(self, text: str):
+        """Writes a line that stays, above the one that is rewritten."""
+        say(text, self.stream)
+
+
+def say(text: str, stream=None):
+    """Writes a line that stays."""
+    stream = sys.stderr if stream is None else stream
+    stream.write(f"\r\033[K{text}\n" if stream.isatty() else f"{text}\n")
+    stream.flush()
+
+
+def _clock(seconds: float) -> str:
+    if seconds != seconds:
+        return "?"
+    hours, rest = divmod(int(seconds + 0.5), 3600)
+    minutes, seconds = divmod(rest, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

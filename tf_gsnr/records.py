@@ -1,0 +1,150 @@
+"""A run directory: its configuration, its records, its checkpoint. Opens without TensorFlow.
+
+    runs/<name>/
+      config.json       every flag, the seed, versions, device, engine, whether XLA compiles
+      records.jsonl     a flat dict of numbers and names a line, appended and flushed one by one
+      summary.json      what the records add up to
+      checkpoint.npz    the configuration in progress; gone when it is complete
+      figures/
+
+A killed run leaves a valid directory: a half-written last record is cut off when the run goes on,
+every other file is replaced by renaming.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+
+
+class RunDirectory:
+    """Opens `path` for a run with these settings, new or to be continued.
+
+    Args:
+      path: the directory; made if it is not there.
+      settings: what the run's records depend on, values of JSON. A directory that holds a run with
+        other settings is not touched.
+      grown: the settings that may differ from the earlier run's: lists that the run goes through,
+        so that a grid can be extended.
+      overwrite: whether to throw away what an earlier run left there.
+
+    Raises:
+      ValueError: the directory holds something else; the message says what and what to do.
+    """
+
+    def __init__(self, path, settings: dict, grown=(), overwrite: bool = False):
+        self.path = Path(path)
+        self.settings = json.loads(json.dumps(settings))  # as they will be read back
+        if overwrite and (self.path / "config.json").exists():
+            shutil.rmtree(self.path)
+        if self.path.exists() and not self.path.is_dir():
+            raise ValueError(f"{self.path} is a file; choose another --name or --runs_dir")
+        if self.path.exists() and any(self.path.iterdir()):
+            self._check_same_run(set(grown))
+        (self.path / "figures").mkdir(parents=True, exist_ok=True)
+        self._cut_half_record()
+
+    def _check_same_run(self, grown):
+        try:
+            before = read_config(self.path)["settings"]
+        except (OSError, KeyError, json.JSONDecodeError):
+            raise ValueError(
+                f"{self.path} is not empty and holds no run of this program; choose another --name"
+            ) from None
+        names = sorted(set(before) | set(self.settings))
+        differing = [
+            f"{name} was {before.get(name)!r} and is now {self.settings.get(name)!r}"
+            for name in names
+            if name not in grown and before.get(name) != self.settings.get(name)
+        ]
+        if differing:
+            raise ValueError(
+                f"{self.path} holds a run with other settings: {'; '.join(differing)}. Choose "
+                "another --name, or throw the earlier run away with --overwrite"
+            )
+
+    def _cut_half_record(self):
+        file = self.path / "records.jsonl"
+        if file.exists():
+            text = file.read_bytes()
+            whole = text[: text.rfind(b"\n") + 1]
+            if whole != text:
+                _replace(file, whole)
+
+    def write_config(self, environment: dict):
+        """Writes config.json: the settings and what they ran on."""
+        self.write_json("config.json", {"settings": self.settings, **environment})
+
+    def append(self, record: dict):
+        """Appends one record to records.jsonl and flushes it to the disk."""
+        with open(self.path / "records.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(_jsonable(record)) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def records(self) -> list[dict]:
+        return read_records(self.path)
+
+    def write_json(self, name: str, value):
+        """Replaces a file of the directory by this value, all at once."""
+        text = json.dumps(_jsonable(value), indent=2) + "\n"
+        _replace(self.path / name, text.encode())
+
+    def save_checkpoint(self, arrays: dict):
+        """Replaces the checkpoint by these named arrays."""
+        partial = self.path / "checkpoint.partial.npz"
+        np.savez(partial, **arrays)
+        os.replace(partial, self.path / "checkpoint.npz")
+
+    def load_checkpoint(self) -> dict:
+        """The arrays last saved; empty if there are none."""
+        file = self.path / "checkpoint.npz"
+        if not file.exists():
+            return {}
+        with np.load(file, allow_pickle=False) as arrays:
+            return dict(arrays)
+
+    def clear_checkpoint(self):
+        (self.path / "checkpoint.npz").unlink(missing_ok=True)
+
+
+def read_config(path) -> dict:
+    return json.loads((Path(path) / "config.json").read_text(encoding="utf-8"))
+
+
+def read_records(path) -> list[dict]:
+    """All whole records of a run directory, in the order in which they were written.
+
+    Numbers that JSON lacks (NaN, infinity) come back as NaN.
+    """
+    file = Path(path) / "records.jsonl"
+    if not file.exists():
+        return []
+    lines = file.read_text(encoding="utf-8").split("\n")[:-1]
+    return [
+        {k: math.nan if v is None else v for k, v in json.loads(line).items()} for line in lines
+    ]
+
+
+def _replace(file: Path, content: bytes):
+    partial = file.with_name(file.name + ".partial")
+    partial.write_bytes(content)
+    os.replace(partial, file)
+
+
+def _jsonable(value):
+    """Plain numbers, with null for those that JSON has not."""
+    if isinstance(value, dict):
+        return {k: _jsonable(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_jsonable(v) for v in value]
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
