@@ -20,6 +20,8 @@ _HOMES = {
     "osgr_predicted": "tf_gsnr.metrics",
     "osgr_measured": "tf_gsnr.metrics",
     "GSNRModel": "tf_gsnr.training.model",
+    "GSNRCallback": "tf_gsnr.training.callback",
+    "write_tensorboard": "tf_gsnr.training.tensorboard",
 }
 
 __all__ = ["__version__", *_HOMES]

@@ -100,7 +100,6 @@ class GSNRModel(keras.Model):
         self.engine, self.measure_every, self.pool = engine, int(measure_every), pool
         self.bias_corrected, self.shown = bool(bias_corrected), tuple(shown)
         self.per_layer, self.fixed_examples = bool(per_layer), examples
-        self.loss_weights = None
         self._meter = None
         self._told = examples or 0
         self._evaluating = False
@@ -121,15 +120,14 @@ class GSNRModel(keras.Model):
         shown = getattr(self, "_meter", None) is not None and not self._evaluating
         return [*metrics, self._meter] if shown else metrics
 
-    def compile(self, optimizer="rmsprop", loss=None, loss_weights=None, **kwargs):
+    def compile(self, optimizer="rmsprop", loss=None, **kwargs):
         """As `keras.Model.compile`; the loss is needed, one value per example."""
         if loss is None:
             raise ValueError(
                 "compile(loss=None): GSNRModel needs the loss here, one value per example; what "
                 "add_loss or a train_step of the model's own compute has no per-example form"
             )
-        super().compile(optimizer, loss, loss_weights, **kwargs)
-        self.loss_weights = loss_weights
+        super().compile(optimizer, loss, **kwargs)
         if self.inner.built:
             self._make_meter()
 
