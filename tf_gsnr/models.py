@@ -1,7 +1,8 @@
 """A model's name -> the network, as the paper has it.
 
 To add one: a function `(input_shape, outputs, width) -> keras.Model`, and a line in `MODELS`.
-The last layer is linear: logits for a classification, the prediction for a regression.
+The last layer is linear: logits for a classification, the prediction for a regression. Layers have
+names of their own: records are keyed by them, and Keras's automatic ones count up in a process.
 """
 
 from __future__ import annotations
@@ -17,13 +18,13 @@ def mnist_cnn(input_shape, outputs, width) -> keras.Model:
     return keras.Sequential(
         [
             keras.Input(input_shape),
-            layers.Conv2D(width, 5, activation="relu"),
+            layers.Conv2D(width, 5, activation="relu", name="conv1"),
             layers.MaxPooling2D(2),
-            layers.Conv2D(width, 5, activation="relu"),
+            layers.Conv2D(width, 5, activation="relu", name="conv2"),
             layers.MaxPooling2D(2),
             layers.Flatten(),
-            layers.Dense(10 * width, activation="relu"),
-            layers.Dense(outputs),
+            layers.Dense(10 * width, activation="relu", name="dense1"),
+            layers.Dense(outputs, name="output"),
         ],
         name="mnist_cnn",
     )
@@ -34,8 +35,8 @@ def toy_mlp(input_shape, outputs, width) -> keras.Model:
     return keras.Sequential(
         [
             keras.Input(input_shape),
-            layers.Dense(width, activation="relu"),
-            layers.Dense(outputs),
+            layers.Dense(width, activation="relu", name="hidden"),
+            layers.Dense(outputs, name="output"),
         ],
         name="toy_mlp",
     )

@@ -221,6 +221,13 @@ def _descend_one_set(t, state, settings, workbench):
     descent_work, measurement_work = _set_work(c, settings)
     steps_planned = max(settings.epochs[-1] - len(settings.epochs) + 1, 1)
     text = ", ".join(f"{k}={v}" for k, v in c.items())
+
+    def passed(work):
+        if time.monotonic() - state.saved > CHECKPOINT_SECONDS:
+            state.save(settings)
+        place = f"set {t + 1} of {settings.training_sets}, epoch {state.epoch}"
+        workbench.progress.advance(work, f"{text} | {place}")
+
     piece = 1
     for index in range(len(state.rows[t]), len(settings.epochs)):
         while state.epoch < settings.epochs[index]:
@@ -233,19 +240,11 @@ def _descend_one_set(t, state, settings, workbench):
             _check_loss(state, state.epoch + steps - 1)
             piece = max(1, int(PIECE_SECONDS * steps / (time.monotonic() - begin + 1e-9)))
             state.epoch += steps
-            if time.monotonic() - state.saved > CHECKPOINT_SECONDS:
-                state.save(settings)
-            workbench.progress.advance(
-                descent_work * steps / steps_planned,
-                f"{text} | set {t + 1} of {settings.training_sets}, epoch {state.epoch}",
-            )
+            passed(descent_work * steps / steps_planned)
         row, decrease = _measured_step(state, chunks)
         state.rows[t].append(row)
         state.decreases[index] += decrease
-        workbench.progress.advance(
-            measurement_work / len(settings.epochs),
-            f"{text} | set {t + 1} of {settings.training_sets}, epoch {state.epoch}",
-        )
+        passed(measurement_work / len(settings.epochs))
 
 
 def _measured_step(state, chunks):
