@@ -21,9 +21,14 @@ def all_reduce(moments: Moments) -> Moments:
     context = tf.distribute.get_replica_context()
 
     def total(values):
-        return context.all_reduce(tf.distribute.ReduceOp.SUM, values) if values else []
+        summed = {}
+        for dtype in dict.fromkeys(v.dtype for v in values):  # a round takes tensors of one dtype
+            places = [i for i, v in enumerate(values) if v.dtype == dtype]
+            sums = context.all_reduce(tf.distribute.ReduceOp.SUM, [values[i] for i in places])
+            summed |= dict(zip(places, sums))
+        return [summed[i] for i in range(len(values))]
 
-    count = total(moments.count)
+    (count,) = total([moments.count])
 
     def weight(dtype):  # n_r, and n or 1
         return tf.cast(moments.count, dtype), tf.cast(tf.maximum(count, 1), dtype)
