@@ -17,7 +17,7 @@ import numpy as np
 import tensorflow as tf
 from absl import logging
 
-from tf_gsnr.gradients import contract, vectorized
+from tf_gsnr.gradients import contract, distributed, vectorized
 from tf_gsnr.gradients.losses import per_example_loss
 from tf_gsnr.moments import Moments
 
@@ -123,6 +123,7 @@ def gradient_moments(
     batch_norm: str | None = None,
     dtype: str | None = None,
     jit_compile: bool | str = "auto",
+    strategy: tf.distribute.Strategy | None = None,
 ) -> Moments:
     """Mean and variance of the gradients of every single example, for each trainable variable.
 
@@ -153,6 +154,9 @@ def gradient_moments(
         statistics) or "batch" (the batch's own; engines that can).
       dtype: in which the moments are merged, "float32" or "float64"; default: the variables' own.
       jit_compile: whether to compile with XLA; "auto": on an accelerator and not on a CPU.
+      strategy: a `MirroredStrategy` or `MultiWorkerMirroredStrategy` in whose scope the model was
+        made: its replicas share out the micro-batches. Every process is given the same data and
+        returns the same moments, those of one device up to rounding.
 
     Returns:
       `Moments` of numpy arrays, lists in the order of `model.trainable_variables`.
@@ -178,33 +182,55 @@ def gradient_moments(
         raise ValueError(f"batch_size={batch_size}: expected a positive integer")
     batches = iter(_batches(x, y, sample_weight, batch_size))
     contract.check_model(model)
+    if strategy is not None:
+        distributed.check_strategy(strategy, model)
     first = next(batches)
     options = dict(sign_counts=sign_counts, training=training, batch_norm=batch_norm)
-    step = _compiled_step(model, loss, engine, resolve_jit_compile(jit_compile), dtype, options)
+    step = _compiled_step(
+        model, loss, engine, resolve_jit_compile(jit_compile), dtype, options, strategy
+    )
     total = Moments.empty(model.trainable_variables, dtype, sign_counts)
-    bad = tf.constant(-1, tf.int64)
+    start = total, tf.constant(-1, tf.int64)
     seed = None if seed is None else tf.constant(seed, tf.int64)
-    for index, batch in enumerate(itertools.chain([first], batches)):
-        try:
-            total, bad = step(total, bad, tf.constant(index, tf.int64), seed, *batch)
-        except tf.errors.InvalidArgumentError as error:
-            _explain_labels(model, batch[1], index * batch_size, error)
-            raise
+    batches = itertools.chain([first], batches)
+    if strategy is None:
+        total, bad = _stream(model, step, start, seed, batches)
+    else:
+        total, bad = distributed.stream(strategy, step, start, seed, batches)
     _check_finite(model, total, int(bad))
     return total.numpy()
+
+
+def _stream(model, step, state, seed, batches):
+    """The state after all micro-batches, `(moments, first example that is not finite or -1)`."""
+    for index, batch in enumerate(batches):
+        try:
+            state = step(*state, tf.constant(index, tf.int64), seed, *batch)
+        except tf.errors.InvalidArgumentError as error:
+            _explain_labels(model, batch[1], index * len(batch[-1]), error)
+            raise
+    return state
 
 
 _STEPS = weakref.WeakKeyDictionary()  # model -> {options: traced step}: a step is traced once
 
 
-def _compiled_step(model, loss, engine, jit_compile, dtype, options):
+def _compiled_step(model, loss, engine, jit_compile, dtype, options, strategy=None):
     """A traced `(moments, bad, index, seed, x, y, weight, valid) -> (moments, bad)`.
 
     It holds the model by a weak reference only, so that the cache keeps no model alive.
     """
     used_loss = getattr(model, "loss", None) if loss is None else loss
     variables = tuple(id(v) for v in model.trainable_variables)
-    key = (id(used_loss), engine, jit_compile, dtype, *sorted(options.items()), variables)
+    key = (
+        id(used_loss),
+        id(strategy),
+        engine,
+        jit_compile,
+        dtype,
+        *sorted(options.items()),
+        variables,
+    )
     steps = _STEPS.setdefault(model, {})
     if key not in steps:
         measure = build_engine(weakref.proxy(model), loss, engine=engine, **options)
@@ -220,7 +246,10 @@ def _compiled_step(model, loss, engine, jit_compile, dtype, options):
             moments = found.moments if dtype is None else found.moments.astype(dtype)
             return total.merge(moments), bad
 
-        steps[key] = step, used_loss  # the loss is kept, or its id could become another's
+        if strategy is not None:
+            step = distributed.replicated(strategy, step)
+        # Loss and strategy are kept, or their ids could become another's.
+        steps[key] = step, used_loss, strategy
     return steps[key][0]
 
 
