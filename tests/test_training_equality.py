@@ -50,6 +50,21 @@ def convolutional():
     )
 
 
+def normalised():
+    return keras.Sequential(
+        [
+            keras.Input([6]),
+            keras.layers.Reshape([6, 1]),
+            keras.layers.Conv1D(4, 3, use_bias=False),
+            keras.layers.BatchNormalization(momentum=0.8),
+            keras.layers.ReLU(),
+            keras.layers.Flatten(),
+            keras.layers.BatchNormalization(),
+            keras.layers.Dense(3),
+        ]
+    )
+
+
 def tagger():
     return keras.Sequential(
         [
@@ -115,6 +130,7 @@ SGD = keras.optimizers.SGD
 CASES = {
     "dropout": (mlp, lambda: compiled(metrics=["accuracy"]), ARRAYS),
     "convolution": (convolutional, compiled, ARRAYS),
+    "batch norm": (normalised, lambda: compiled(SGD(0.1)), ARRAYS),
     "sample weights": (
         mlp,
         lambda: compiled(weighted_metrics=["accuracy"]),

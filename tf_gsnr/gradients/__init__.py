@@ -17,11 +17,11 @@ import numpy as np
 import tensorflow as tf
 from absl import logging
 
-from tf_gsnr.gradients import contract, distributed, vectorized
+from tf_gsnr.gradients import conservation, contract, distributed, layerwise, vectorized
 from tf_gsnr.gradients.losses import per_example_loss
 from tf_gsnr.moments import Moments
 
-ENGINES = {"vectorized": vectorized.build}
+ENGINES = {"layerwise": layerwise.build, "vectorized": vectorized.build}
 
 
 def build_engine(model, loss=None, *, engine: str = "auto", **options) -> Callable:
@@ -38,8 +38,26 @@ def build_engine(model, loss=None, *, engine: str = "auto", **options) -> Callab
     """
     check_engine_name(engine)
     contract.check_model(model)
-    name = "vectorized" if engine == "auto" else engine
-    return ENGINES[name](model, per_example_loss(loss, model), **options)
+    build = _best if engine == "auto" else ENGINES[engine]
+    return build(model, per_example_loss(loss, model), **options)
+
+
+def _best(model, loss_fn, **options) -> Callable:
+    """The layer-wise engine; the reference engine for a model that it finds it cannot measure."""
+    measure = layerwise.build(model, loss_fn, **options)
+    reference = None
+
+    def best(*args, **kwargs):
+        nonlocal reference
+        if reference is None:
+            try:
+                return measure(*args, **kwargs)
+            except conservation.NotConserved as error:
+                logging.warning("engine='auto' uses the reference engine: %s", error)
+                reference = vectorized.build(model, loss_fn, **options)
+        return reference(*args, **kwargs)
+
+    return best
 
 
 def check_engine_name(engine: str):

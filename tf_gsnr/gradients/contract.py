@@ -128,15 +128,18 @@ def replaced_calls(replacements):
 
     Nothing is left behind on the layers, whatever fails in between.
     """
-    replaced = []
+    before = []
     try:
         for layer, call in replacements:
+            before.append((layer, vars(layer).get("call")))
             object.__setattr__(layer, "call", call)
-            replaced.append(layer)
         yield
     finally:
-        for layer in replaced:
-            object.__delattr__(layer, "call")
+        for layer, call in before:
+            if call is None:
+                object.__delattr__(layer, "call")
+            else:  # replaced by someone else before
+                object.__setattr__(layer, "call", call)
 
 
 def frozen_batch_norm(model):

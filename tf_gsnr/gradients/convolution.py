@@ -12,6 +12,8 @@ from collections.abc import Sequence
 
 import tensorflow as tf
 
+from tf_gsnr.gradients import forms
+
 
 def paddings(
     padding: str,
@@ -104,3 +106,14 @@ def depthwise_kernel_gradients(x, dz, kernel, strides, dilations, pads):
         for view in views(x, spatial, strides, dilations, pads, outputs)
     ]
     return tf.reshape(tf.stack(gradient, axis=1), [-1, *kernel])
+
+
+def form(x, dz, kernel, strides, dilations, pads) -> forms.Form:
+    """The form of a convolution's kernel gradient; arguments as `kernel_gradients`.
+
+    Args:
+      kernel: the kernel variable.
+    """
+    return forms.rows(
+        lambda: kernel_gradients(x, dz, tuple(kernel.shape), strides, dilations, pads), kernel
+    )

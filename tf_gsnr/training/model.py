@@ -128,7 +128,7 @@ class GSNRModel(keras.Model):
                 "add_loss or a train_step of the model's own compute has no per-example form"
             )
         super().compile(optimizer, loss, **kwargs)
-        if self.inner.built:
+        if self.inner.built and self.trainable_variables:
             self._make_meter()
 
     def compile_from_config(self, config):
@@ -148,20 +148,12 @@ class GSNRModel(keras.Model):
     def train_step(self, data):
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
         meter = self._prepared(data)
-        measure = gradients.build_engine(
-            self.inner,
-            losses.per_example_loss(None, self),
-            engine=self.engine,
-            sign_counts=meter.sign_counts,
-            training=True,
-            batch_norm="batch",
-        )
         of_loss = [v for metric in self._compile_loss.metrics for v in metric.variables]
         state = [*self.inner.non_trainable_variables, *of_loss]
         due = tf.equal(meter.steps.value % self.measure_every, 0)
 
         def measured():
-            return step.measured(self, measure, self.inner, state, x, y, sample_weight)
+            return step.measured(self, self._measure, self.inner, state, x, y, sample_weight)
 
         def plain():
             return step.plain(self, state, x, y, sample_weight)._replace(moments=self._nothing())
@@ -247,7 +239,16 @@ class GSNRModel(keras.Model):
                 per_layer=self.per_layer,
                 examples=self._told,
             )
-        object.__setattr__(self, "_meter", meter)  # Keras's tracking is closed once it is built
+        measure = gradients.build_engine(
+            self.inner,
+            losses.per_example_loss(None, self),
+            engine=self.engine,
+            sign_counts=meter.sign_counts,
+            training=True,
+            batch_norm="batch",
+        )
+        for name, value in (("_meter", meter), ("_measure", measure)):
+            object.__setattr__(self, name, value)  # Keras's tracking is closed once it is built
 
     def _nothing(self):
         """Moments of no examples: in a plain step, in place of those that were not measured.
