@@ -104,6 +104,33 @@ def _like(structure, leaves):
     return tf.nest.map_structure(lambda v: None if v is None else next(leaves), structure)
 
 
+def where(condition, action, moments):
+    """Runs `action(moments)` on each replica if the condition, the same on all of them, holds.
+
+    Like `tf.cond` in a replica, but the action may itself reduce over the replicas.
+    """
+    context = tf.distribute.get_replica_context()
+    if context.num_replicas_in_sync == 1:
+        tf.cond(condition, lambda: _done(action(moments)), lambda: False)
+        return
+
+    def across(strategy, condition, moments):
+        # A replica's cond may not reduce: this one is around all replicas.
+        first = strategy.experimental_local_results(condition)[0]
+
+        def on_each():
+            strategy.extended.call_for_each_replica(action, args=(moments,))
+            return True
+
+        tf.cond(first, on_each, lambda: False)
+
+    context.merge_call(across, args=(condition, moments))
+
+
+def _done(_):
+    return True
+
+
 def all_reduce(moments: Moments) -> Moments:
     """The moments of the examples of all replicas, on each of them; called in a replica.
 

@@ -15,7 +15,11 @@ lambda g_B.g_D and the test loss by lambda g_B.g, and
 
 It is an expectation, to first order in the step, over training sets drawn afresh: once the
 parameters have adapted to the examples, rho2 is measured on examples that are no longer typical.
-For optimisers with state P depends on the gradients themselves, which is neglected.
+
+Where P is made of the gradients themselves, the step is a function f of them, and for gradients that
+are about normal Stein's lemma gives `Cov(f(g_B), g_D) = E[f'(g_B)] rho2 / N`: P_j is the derivative
+of the step by the gradient. For a step `lambda g / sqrt(v)` it is `lambda (1 - g dv/dg / 2v) /
+sqrt(v)`. In the very first step of Adam, which has the sign of the gradient only, it is zero.
 """
 
 from __future__ import annotations
@@ -32,12 +36,12 @@ def supported(optimizer) -> bool:
 
 
 def preconditioner(optimizer, gradients) -> list:
-    """P_j per parameter, such that the last step was about `-P g`; read after the step.
+    """P_j per parameter, the derivative of the last step by the gradient; read after the step.
 
         SGD       lambda, with momentum mu: lambda (1 - mu^k) / (1 - mu)
-        Adam(W)   lambda / (sqrt(v_j / (1 - beta2^k)) + epsilon)
-        RMSprop   lambda / sqrt(v_j + epsilon)
-        Adagrad   lambda / sqrt(v_j + epsilon)
+        Adam(W)   lambda (1 - m^2 / v) / (sqrt(v) + epsilon), of m and v free of their start's bias
+        RMSprop   lambda (1 - (1 - rho) g^2 / v) / sqrt(v + epsilon)
+        Adagrad   lambda (1 - g^2 / v) / sqrt(v + epsilon)
 
     Momentum counts as if it acted at once: the step is a sum over the last batches' gradients, with
     these weights, and each covaries with the training set's gradient as in the module's docstring.
@@ -58,18 +62,31 @@ def preconditioner(optimizer, gradients) -> list:
         mu = optimizer.momentum
         factors = [rate * (1 - mu**k) / (1 - mu) if mu < 1 else rate * k] * len(gradients)
     elif name in ("Adam", "AdamW"):
-        correction = 1 - optimizer.beta_2**k
+        first = [m.value / (1 - optimizer.beta_1**k) for m in optimizer._momentums]
         second = optimizer._velocity_hats if optimizer.amsgrad else optimizer._velocities
-        factors = [rate / (tf.sqrt(v.value / correction) + optimizer.epsilon) for v in second]
-    elif name == "RMSprop":
-        factors = [rate / tf.sqrt(v.value + optimizer.epsilon) for v in optimizer._velocities]
-    elif name == "Adagrad":
-        factors = [rate / tf.sqrt(v.value + optimizer.epsilon) for v in optimizer._accumulators]
+        second = [v.value / (1 - optimizer.beta_2**k) for v in second]
+        factors = [
+            rate * _rest(tf.square(m), v) / (tf.sqrt(v) + optimizer.epsilon)
+            for m, v in zip(first, second)
+        ]
+    elif name in ("RMSprop", "Adagrad"):
+        share = 1 - optimizer.rho if name == "RMSprop" else 1.0
+        second = optimizer._velocities if name == "RMSprop" else optimizer._accumulators
+        factors = [
+            rate * _rest(share * tf.square(g), v.value) / tf.sqrt(v.value + optimizer.epsilon)
+            for g, v in zip(gradients, second)
+        ]
     else:
         raise ValueError(f"optimizer {name}: expected one of {', '.join(SUPPORTED)}")
     steps = optimizer.gradient_accumulation_steps or 1  # an update is the mean of so many batches
     clips = _clipping(optimizer, gradients)
     return [tf.cast(c / steps, f.dtype) * f for c, f in zip(clips, factors)]
+
+
+def _rest(part, whole):
+    """`1 - part / whole`, between 0 and 1; 0 where there was no gradient."""
+    share = tf.math.divide_no_nan(part, whole)
+    return tf.where(whole > 0, tf.clip_by_value(1 - share, 0.0, 1.0), 0.0)
 
 
 def expected(variances, factors):

@@ -170,15 +170,14 @@ class GSNRModel(keras.Model):
     def _show(self, moments, batch, due):
         """Updates what is shown, from a step's moments where they were `due`."""
         if step.replicas() > 1:
-            moments = distributed.all_reduce(moments)
             batch = tf.distribute.get_replica_context().all_reduce("SUM", batch)
+        self._meter.advance(batch)
         always = self.measure_every == 1
         if step.loss_scale(self.optimizer) is not None:
             # The optimiser skips a step whose scaled gradients overflow, and so does the meter.
-            finite = [tf.reduce_all(tf.math.is_finite(m)) for m in moments.m2]
-            due, always = tf.logical_and(due, tf.reduce_all(finite)), False
+            due, always = tf.logical_and(due, _all_finite(moments.m2)), False
 
-        def update():
+        def update(moments):
             # Out of a tf.cond they come without shapes, as `_nothing` has others.
             shaped = {
                 name: [
@@ -187,11 +186,15 @@ class GSNRModel(keras.Model):
                 ]
                 for name in ("mean", "m2", "positives", "negatives")
             }
-            self._meter.update_state(moments._replace(**shaped), self.optimizer, self.measure_every)
-            return True
+            moments = moments._replace(**shaped)
+            if step.replicas() > 1:
+                moments = distributed.all_reduce(moments)
+            self._meter.update_state(moments, self.optimizer, self.measure_every)
 
-        update() if always else tf.cond(due, update, lambda: False)
-        self._meter.advance(batch)
+        if always:
+            update(moments)
+        else:
+            distributed.where(due, update, moments)
 
     def test_step(self, data):
         with self._without_meter():
@@ -256,7 +259,7 @@ class GSNRModel(keras.Model):
         Where it can be, each entry is empty, lest zeros as large as the model be filled in.
         """
         variables = self.trainable_variables
-        if step.replicas() == 1 and not self.jit_compile:
+        if not self.jit_compile:
             variables = [np.zeros([0], v.dtype) for v in variables]
         return Moments.empty(variables, sign_counts=self._meter.sign_counts)
 
@@ -306,6 +309,14 @@ def _check(model, measure_every, pool, shown, examples):
         raise ValueError(f"shown: unknown {unknown}; available: {', '.join(SHOWN)}")
     if examples is not None and examples < 1:
         raise ValueError(f"examples={examples}: expected the number of training examples")
+
+
+def _all_finite(tensors):
+    """Whether all are finite, on all replicas."""
+    wrong = tf.add_n([tf.math.count_nonzero(~tf.math.is_finite(t)) for t in tensors])
+    if step.replicas() > 1:
+        wrong = tf.distribute.get_replica_context().all_reduce("SUM", wrong)
+    return tf.equal(wrong, 0)
 
 
 def _length(x, validation_split) -> int:
