@@ -1,5 +1,7 @@
 """GSNRModel: what it shows, that it saves and loads, and what it refuses."""
 
+import importlib.util
+
 import keras
 import numpy as np
 import pytest
@@ -129,6 +131,64 @@ def test_saves_and_loads(tmp_path):
     assert type(inner) is keras.Sequential
     model.save_weights(tmp_path / "w.weights.h5")
     loaded.load_weights(tmp_path / "w.weights.h5")
+
+
+def test_mixed_precision_shows_unscaled_numbers():
+    whole = fit(tf_gsnr.GSNRModel(mlp()), "sgd")
+    for policy in ("mixed_float16", "mixed_bfloat16"):
+        keras.config.set_dtype_policy(policy)
+        try:
+            half = fit(tf_gsnr.GSNRModel(mlp()), "sgd")
+        finally:
+            keras.config.set_dtype_policy("float32")
+        for name, value in whole.items():
+            np.testing.assert_allclose(half[name], value, rtol=0.1, atol=0.02, err_msg=name)
+
+
+def test_a_step_that_overflows_is_not_counted():
+    scaled = keras.optimizers.LossScaleOptimizer(
+        keras.optimizers.SGD(0.05), initial_scale=2.0**130, dynamic_growth_steps=1000
+    )
+    model = tf_gsnr.GSNRModel(mlp())
+    history = fit(model, scaled, epochs=12)
+    assert np.isnan(history["gsnr"][0])
+    assert np.isfinite(history["gsnr"][-1]) and np.isfinite(history["gap_growth"]).all()
+
+
+def test_mnist_script_with_one_line_more(tfds_dir, tmp_path):
+    import tensorflow_datasets as tfds
+
+    data = tfds.load(
+        "mnist", data_dir=tfds_dir, download=False, split="train[:2000]", as_supervised=True
+    )
+    data = data.map(lambda x, y: (tf.cast(x, tf.float32) / 255, y)).cache().batch(50)
+    model = keras.Sequential(
+        [
+            keras.Input([28, 28, 1]),
+            keras.layers.Conv2D(6, 5, activation="relu"),
+            keras.layers.MaxPooling2D(4),
+            keras.layers.Flatten(),
+            keras.layers.Dense(10, activation="softmax"),
+        ]
+    )
+    model = tf_gsnr.GSNRModel(model, measure_every=4, per_layer=True)  # the one line
+    model.compile("adam", "sparse_categorical_crossentropy", metrics=["accuracy"])
+    callbacks = []
+    if importlib.util.find_spec("tensorboard"):
+        callbacks = [keras.callbacks.TensorBoard(tmp_path)]
+    history = model.fit(data, epochs=3, verbose=0, callbacks=callbacks).history
+    assert history["accuracy"][-1] > 0.6
+    assert 0 < history["gsnr"][-1] < 1 and 0 < history["osgr"][-1] < 1
+    assert 0.5 < history["same_sign"][-1] < 1
+    if callbacks:
+        files = list((tmp_path / "train").glob("events*"))
+        tags = {
+            value.tag
+            for file in files
+            for event in tf.compat.v1.train.summary_iterator(str(file))
+            for value in event.summary.value
+        }
+        assert {"epoch_gsnr", "epoch_osgr", "epoch_gap_growth"} <= tags
 
 
 def test_gap_growth_is_not_shown_for_other_optimisers():

@@ -19,7 +19,8 @@ parameters have adapted to the examples, rho2 is measured on examples that are n
 Where P is made of the gradients themselves, the step is a function f of them, and for gradients
 that are about normal Stein's lemma gives `Cov(f(g_B), g_D) = E[f'(g_B)] rho2 / N`: P_j is the
 derivative of the step by the gradient. For a step `lambda g / sqrt(v)` it is
-`lambda (1 - g dv/dg / 2v) / sqrt(v)`. In the very first step of Adam, which has the sign of the gradient only, it is zero.
+`lambda (1 - g dv/dg / 2v) / sqrt(v)`. In the very first step of Adam,
+which has the sign of the gradient only, it is zero.
 """
 
 from __future__ import annotations
