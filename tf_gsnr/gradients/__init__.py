@@ -7,6 +7,7 @@ one fixed shape and merge what it finds, so memory does not grow with the number
 
 from __future__ import annotations
 
+import functools
 import itertools
 import weakref
 from collections.abc import Callable, Iterable
@@ -17,7 +18,14 @@ import numpy as np
 import tensorflow as tf
 from absl import logging
 
-from tf_gsnr.gradients import conservation, contract, distributed, layerwise, vectorized
+from tf_gsnr.gradients import (
+    conservation,
+    contract,
+    distributed,
+    layerwise,
+    recalibration,
+    vectorized,
+)
 from tf_gsnr.gradients.losses import per_example_loss
 from tf_gsnr.moments import Moments
 
@@ -139,6 +147,7 @@ def gradient_moments(
     training: bool = False,
     seed: int | None = None,
     batch_norm: str | None = None,
+    recalibrate: bool = False,
     dtype: str | None = None,
     jit_compile: bool | str = "auto",
     strategy: tf.distribute.Strategy | None = None,
@@ -162,14 +171,25 @@ def gradient_moments(
       loss: a Keras loss, its name, or a callable `(y_true, y_pred) -> [batch]`; default: the loss
         that the model was compiled with.
       sample_weight: `[examples]` factors of the examples' losses.
-      engine: "vectorized", or "auto" for the best available.
+      engine: "layerwise" (one forward and backward pass and a rule per layer), "vectorized" (the
+        reference, slow and large) or "auto": the former, and the latter for a model that it
+        cannot measure.
       batch_size: examples a micro-batch; it changes speed and memory, not the result.
       sign_counts: also count, per parameter, the examples with positive and negative gradient.
       training: whether layers run in training mode. Dropout then draws a mask per example.
       seed: of the random layers; None for the model's own current seeds. A given seed and
         batch_size give the same masks again.
-      batch_norm: with training=True, what `BatchNormalization` layers use: "frozen" (their moving
-        statistics) or "batch" (the batch's own; engines that can).
+      batch_norm: with training=True, what `BatchNormalization` layers use. "frozen": their moving
+        statistics, which are constants, so g[n] depends on example n alone. "batch": the
+        statistics of the micro-batch, with the gradient flowing through them (engine="layerwise").
+        g[n] is then example n's own contribution to the micro-batch's gradient: the mean is
+        exactly the gradient that training uses, but the contributions of one micro-batch are no
+        independent draws, since each example moves the statistics that the others meet. Their
+        variance describes how the sum is made up; only as batches grow does it become the
+        sampling variance of the gradient. `batch_size` is then part of what is measured.
+      recalibrate: before measuring, replace the moving statistics by the exact mean and variance
+        over all of `x`, layer by layer (appendix A.2); afterwards the model has its own again.
+        The layers must use their moving statistics: training=False or batch_norm="frozen".
       dtype: in which the moments are merged, "float32" or "float64"; default: the variables' own.
       jit_compile: whether to compile with XLA; "auto": on an accelerator and not on a CPU.
       strategy: a `MirroredStrategy` or `MultiWorkerMirroredStrategy` in whose scope the model was
@@ -198,10 +218,36 @@ def gradient_moments(
         raise ValueError(f"batch_size={batch_size!r}: expected a positive integer")
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size}: expected a positive integer")
-    batches = iter(_batches(x, y, sample_weight, batch_size))
     contract.check_model(model)
     if strategy is not None:
         distributed.check_strategy(strategy, model)
+    if recalibrate:
+        if training and batch_norm != "frozen":
+            raise ValueError(
+                f"recalibrate=True with training=True and batch_norm={batch_norm!r}: recalibrated "
+                "statistics are used by layers in inference mode; set batch_norm='frozen'"
+            )
+        data = functools.partial(_batches, x, y, sample_weight, batch_size)
+        with recalibration.whole_data_statistics(model, data):
+            return gradient_moments(
+                model,
+                x,
+                y,
+                loss,
+                sample_weight=sample_weight,
+                engine=engine,
+                batch_size=batch_size,
+                sign_counts=sign_counts,
+                training=training,
+                seed=seed,
+                batch_norm=batch_norm,
+                dtype=dtype,
+                jit_compile=jit_compile,
+                strategy=strategy,
+            )
+    # Padding would be part of a batch's statistics; without it the ragged end is traced once more.
+    coupled = training and batch_norm == "batch" and bool(contract.batch_norm_layers(model))
+    batches = iter(_batches(x, y, sample_weight, batch_size, fill=not coupled))
     first = next(batches)
     options = dict(sign_counts=sign_counts, training=training, batch_norm=batch_norm)
     step = _compiled_step(
@@ -212,20 +258,20 @@ def gradient_moments(
     seed = None if seed is None else tf.constant(seed, tf.int64)
     batches = itertools.chain([first], batches)
     if strategy is None:
-        total, bad = _stream(model, step, start, seed, batches)
+        total, bad = _stream(model, batch_size, step, start, seed, batches)
     else:
         total, bad = distributed.stream(strategy, step, start, seed, batches)
     _check_finite(model, total, int(bad))
     return total.numpy()
 
 
-def _stream(model, step, state, seed, batches):
+def _stream(model, batch_size, step, state, seed, batches):
     """The state after all micro-batches, `(moments, first example that is not finite or -1)`."""
     for index, batch in enumerate(batches):
         try:
             state = step(*state, tf.constant(index, tf.int64), seed, *batch)
         except tf.errors.InvalidArgumentError as error:
-            _explain_labels(model, batch[1], index * len(batch[-1]), error)
+            _explain_labels(model, batch[1], index * batch_size, error)
             raise
     return state
 
@@ -271,8 +317,8 @@ def _compiled_step(model, loss, engine, jit_compile, dtype, options, strategy=No
     return steps[key][0]
 
 
-def _batches(x, y, sample_weight, batch_size) -> Iterable:
-    """Micro-batches `(x, y, sample_weight, valid)` of one shape; the ragged end is filled up."""
+def _batches(x, y, sample_weight, batch_size, fill=True) -> Iterable:
+    """Micro-batches `(x, y, sample_weight, valid)`, the ragged end filled up to one shape."""
     if isinstance(x, tf.data.Dataset):
         if y is not None or sample_weight is not None:
             raise ValueError("x is a tf.data.Dataset: y and sample_weight come with it, pass None")
@@ -310,8 +356,8 @@ def _batches(x, y, sample_weight, batch_size) -> Iterable:
         empty = False
         batch = (x_rows, y_rows, weight[0] if weight else None)
         n = len(tf.nest.flatten(y_rows)[0])
-        valid = tf.constant(np.arange(size) < n)
-        if n < size:
+        valid = tf.constant(np.arange(size if fill else n) < n)
+        if fill and n < size:
             batch = _take(batch, np.minimum(np.arange(size), n - 1))
         yield (*_take(batch, slice(None)), valid)
     if empty:

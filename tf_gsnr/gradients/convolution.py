@@ -8,6 +8,7 @@ Everything here is channels last; convolutions of 1, 2 and 3 spatial dimensions 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 
 import tensorflow as tf
@@ -69,25 +70,98 @@ def kernel_gradients(x, dz, kernel, strides, dilations, pads):
     Returns:
       `[n, *kernel, channels // groups, filters]`.
     """
-    n, b, *outputs, filters = dz.shape
-    *spatial, group_channels, _ = kernel
-    groups = x.shape[-1] // group_channels
-    positions = b
-    for t in outputs:
-        positions *= t
-    patches = views(x, spatial, strides, dilations, pads, outputs)
-    if groups == 1:
-        unfolded = tf.reshape(
-            tf.concat(patches, -1), [-1, positions, len(patches) * group_channels]
-        )
-        gradient = tf.matmul(unfolded, tf.reshape(dz, [-1, positions, filters]), transpose_a=True)
+    filters = dz.shape[-1]
+    *spatial, channels, _ = kernel
+    outputs = dz.shape[2:-1]
+    if x.shape[-1] != channels:
+        gradient = _grouped(x, dz, kernel, strides, dilations, pads)
+    elif channels <= NARROW:
+        gradient = _stacked_planes(x, dz, spatial, strides, dilations, pads)
+    elif _halves_are_smaller(x, dz, spatial, strides, pads):
+        gradient = _halves(x, dz, spatial, dilations, pads)
     else:
-        unfolded = tf.reshape(
-            tf.stack(patches, -2), [-1, positions, len(patches), groups, group_channels]
-        )
-        dz = tf.reshape(dz, [-1, positions, groups, filters // groups])
-        gradient = tf.einsum("ntkgc,ntgo->nkcgo", unfolded, dz)
+        patches = views(x, spatial, strides, dilations, pads, outputs)
+        unfolded = _positions(tf.concat(patches, -1), channels * len(patches))
+        gradient = tf.matmul(unfolded, _positions(dz, filters), transpose_a=True)
     return tf.reshape(gradient, [-1, *kernel])
+
+
+# With few channels a pixel is a few bytes, and copying pixels one by one is what takes the time:
+# then whole rows of one channel are copied instead. Measured on 2 cores, 512 28x28x1 images under
+# a 5x5 kernel: 18 ms against 63; 128 34x34x3 under 3x3: 7 against 12; from 8 channels on slower.
+NARROW = 4
+
+
+def _positions(v, columns):
+    """`[n, b, *t, ...]` as `[n, b t, columns]`."""
+    count = math.prod(v.shape[1:]) // columns
+    return tf.reshape(v, [-1, count, columns])
+
+
+def _grouped(x, dz, kernel, strides, dilations, pads):
+    *spatial, channels, filters = kernel
+    groups = x.shape[-1] // channels
+    patches = views(x, spatial, strides, dilations, pads, dz.shape[2:-1])
+    count = math.prod(dz.shape[1:-1])
+    unfolded = tf.reshape(tf.stack(patches, -2), [-1, count, len(patches), groups, channels])
+    dz = tf.reshape(dz, [-1, count, groups, filters // groups])
+    return tf.einsum("ntkgc,ntgo->nkcgo", unfolded, dz)
+
+
+def _stacked_planes(x, dz, spatial, strides, dilations, pads):
+    """Unfolds planes of one channel: `[n, k c, b t]`."""
+    rank = x.shape.rank
+    channels = x.shape[-1]
+    planes = tf.transpose(x, [0, rank - 1, *range(1, rank - 1)])  # n c b s
+    planes = tf.reshape(planes, [-1, channels * x.shape[1], *x.shape[2:-1], 1])
+    patches = views(planes, spatial, strides, dilations, pads, dz.shape[2:-1])
+    count = math.prod(dz.shape[1:-1])
+    unfolded = tf.reshape(tf.stack(patches, 1), [-1, len(patches) * channels, count])
+    return tf.matmul(unfolded, _positions(dz, dz.shape[-1]))
+
+
+def _halves_are_smaller(x, dz, spatial, strides, pads):
+    """Whether `_halves` applies and copies fewer numbers than unfolding x alone does."""
+    if len(spatial) < 2 or strides[0] != 1:
+        return False
+    rows = x.shape[2] + sum(pads[0])
+    outputs = dz.shape[2]
+    first, rest = spatial[0], math.prod(spatial[1:])
+    channels, filters = x.shape[-1], dz.shape[-1]
+    halves = rows * (rest * channels + first * filters)
+    return first > 1 and halves < outputs * (first * rest * channels + filters)
+
+
+def _halves(x, dz, spatial, dilations, pads):
+    """Unfolds x along all axes but the first and dz along the first: `k` is split between them.
+
+    `sum_t x[t+k] dz[t] = sum_s x[s, t'+k'] dz[s-k0, t']`, with dz zero where it has no row.
+    """
+    rows = x.shape[2] + sum(pads[0])
+    outputs = dz.shape[2]
+    if sum(pads[0]):
+        x = tf.pad(x, [(0, 0), (0, 0), pads[0], *[(0, 0)] * (x.shape.rank - 3)])
+    strides = [1] * len(spatial)
+    right = [1, *spatial[1:]]
+    columns = views(x, right, strides, dilations, [(0, 0), *pads[1:]], [rows, *dz.shape[3:-1]])
+    shifted = [
+        tf.pad(
+            dz,
+            [(0, 0), (0, 0), (k, rows - outputs - k), *[(0, 0)] * (dz.shape.rank - 3)],
+        )
+        for k in range(0, spatial[0] * dilations[0], dilations[0])
+    ]
+    columns = tf.concat(columns, -1)
+    shifted = tf.concat(shifted, -1)
+    channels, filters = x.shape[-1], dz.shape[-1]
+    gradient = tf.matmul(
+        _positions(columns, columns.shape[-1]),
+        _positions(shifted, shifted.shape[-1]),
+        transpose_a=True,
+    )
+    width = math.prod(spatial[1:]) * channels
+    gradient = tf.reshape(gradient, [-1, width, spatial[0], filters])
+    return tf.transpose(gradient, [0, 2, 1, 3])
 
 
 def depthwise_kernel_gradients(x, dz, kernel, strides, dilations, pads):

@@ -145,28 +145,34 @@ class Outer(Form):
         # dz / sqrt(n) makes the product sqrt(n) mean, whose square is what m2 lacks.
         root = tf.sqrt(count)
         scaled = tf.matmul(x, dz / root, transpose_a=True)
-        squares = tf.matmul(tf.square(x), tf.square(dz), transpose_a=True)
-        m2 = squares - tf.square(scaled)
-        cancels = tf.reduce_any(m2 < CENTRED_BELOW * squares)
-        m2 = tf.cond(
-            cancels,
-            lambda: tf.reshape(Form.moments(self, count, valid)[1], tf.shape(m2)),
-            lambda: m2,
-        )
+        m2 = tf.matmul(tf.square(x), tf.square(dz), transpose_a=True) - tf.square(scaled)
+        mean = scaled / root
+
+        def centred():
+            return tf.reshape(Form.moments(self, count, valid)[1], tf.shape(m2))
+
+        def checked():
+            # m2 < share sum g^2, which is m2 + n mean^2
+            share = CENTRED_BELOW / (1 - CENTRED_BELOW)
+            cancels = tf.reduce_any(m2 < share * count * tf.square(mean))
+            return tf.cond(cancels, centred, lambda: m2)
+
+        # By Cauchy and Schwarz n mean^2 is at most the share of examples with x dz != 0, times
+        # sum g^2: where each x or each dz is zero now and then (ReLU), there is nothing to check.
+        few = (1 - CENTRED_BELOW) * count
+        dense = [tf.reduce_any(tf.reduce_sum(_nonzero(v), 0) > few) for v in (x, dz)]
+        m2 = tf.cond(dense[0] & dense[1], checked, lambda: m2)
         m2 = tf.ensure_shape(m2, [x.shape[-1], dz.shape[-1]])
-        return tf.reshape(scaled / root, self.shape), tf.reshape(m2, self.shape)
+        return tf.reshape(mean, self.shape), tf.reshape(m2, self.shape)
 
     def signs(self):
         if not self.factored:
             return super().signs()
         x, dz = self._flat()
-        up, down = (tf.cast(tf.concat([x > 0, x < 0], 0), self.dtype), None)
-        positive = tf.concat([dz > 0, dz < 0], 0)
-        negative = tf.concat([dz < 0, dz > 0], 0)
-        counts = [
-            tf.matmul(up, tf.cast(side, self.dtype), transpose_a=True)
-            for side in (positive, negative)
-        ]
+        up = tf.cast(tf.concat([x > 0, x < 0], 0), self.dtype)
+        positive = tf.cast(tf.concat([dz > 0, dz < 0], 0), self.dtype)
+        negative = tf.cast(tf.concat([dz < 0, dz > 0], 0), self.dtype)
+        counts = [tf.matmul(up, side, transpose_a=True) for side in (positive, negative)]
         return tuple(tf.reshape(tf.cast(c, tf.int64), self.shape) for c in counts)
 
     def square_norms(self):
@@ -269,6 +275,10 @@ def add(forms: Sequence[Form]) -> Form:
 
 def _positions(v):
     return v[:, tf.newaxis, :] if v.shape.rank == 2 else v
+
+
+def _nonzero(v):
+    return tf.cast(tf.not_equal(v, 0), v.dtype)
 
 
 def _concat(parts, axis):

@@ -96,11 +96,15 @@ def modes(model, training, batch_norm):
     return contextlib.nullcontext()
 
 
+def whole_layers(model) -> list:
+    """Recurrent layers: they run their cell fused, or in a loop, where it cannot be observed."""
+    return [layer for layer in contract.sublayers(model) if isinstance(layer, keras.layers.RNN)]
+
+
 def forward_backward(model, loss_of, x, *, seeds, training) -> capture.Pass:
     """`capture.run` with the units that the model needs."""
     layers = contract.sublayers(model)
-    # A recurrent layer may run its cell fused, or in a loop, where it cannot be observed.
-    whole = [layer for layer in layers if isinstance(layer, keras.layers.RNN)]
+    whole = whole_layers(model)
     while True:
         units = capture.units_of(model, whole, rules.activation_of)
         found = capture.run(model, units, loss_of, x, seeds=seeds, training=training)

@@ -1,0 +1,138 @@
+"""What the layer-wise engine does with a model, and how far it is from the reference engine.
+
+Index letters: n example.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from tf_gsnr.gradients import capture, contract, layerwise, rules, vectorized
+from tf_gsnr.gradients.losses import per_example_loss
+
+
+class Table(list):
+    """A list of dicts with the same keys that prints as a table."""
+
+    def __str__(self):
+        if not self:
+            return "(empty)"
+        rows = [list(self[0]), *([str(v) for v in row.values()] for row in self)]
+        widths = [max(map(len, column)) for column in zip(*rows)]
+        return "\n".join(
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip()
+            for row in rows
+        )
+
+    __repr__ = __str__
+
+
+def explain(model: keras.Model) -> Table:
+    """Which rule each layer with trainable variables is measured by.
+
+    Returns:
+      A table of dicts, a row per layer: `layer` (its path), `class`, `parameters` (trainable ones
+      of its own), `route`: the name of a rule; "fallback", the layer's vector-Jacobian product for
+      each example; or "fallback (whole)" for a layer together with all that is in it. A rule may
+      still pass a call on to the fallback, for instance a Dense layer with LoRA.
+
+    Raises:
+      ValueError: the model is not built or has no trainable variables.
+
+    Example:
+
+    >>> import keras, tf_gsnr
+    >>> model = keras.Sequential([keras.Input([4]), keras.layers.Dense(3, name="hidden")])
+    >>> print(tf_gsnr.explain(model))
+    layer   class  parameters  route
+    hidden  Dense  15          dense
+    """
+    contract.check_model(model)
+    table = Table()
+    for unit in capture.units_of(model, layerwise.whole_layers(model), rules.activation_of):
+        rule = None if unit.whole else rules.rule_of(unit.layer)
+        route = rule.function.__name__ if rule else "fallback (whole)" if unit.whole else "fallback"
+        table.append(
+            {
+                "layer": unit.layer.path or unit.layer.name,
+                "class": type(unit.layer).__name__,
+                "parameters": sum(int(np.prod(v.shape)) for v in unit.variables),
+                "route": route,
+            }
+        )
+    return table
+
+
+def check_engine(
+    model: keras.Model,
+    x: Any,
+    y: Any,
+    loss: Any = None,
+    *,
+    sample_weight: Any = None,
+    training: bool = False,
+    batch_norm: str | None = None,
+) -> Table:
+    """Compares the layer-wise engine with the reference engine on a few of your own examples.
+
+    Args:
+      model, loss, training, batch_norm: as in `gradient_moments`.
+      x, y, sample_weight: nested arrays with a leading axis of examples; a handful is enough, the
+        reference engine needs `[examples, parameters]` of memory.
+
+    Returns:
+      A table, a row per trainable variable: `variable` (its path), `route` (the rule of its
+      layer), `mean` and `variance`: the largest difference between the engines, relative to the
+      variable's root mean square gradient and to its largest variance. Rounding in float32 is
+      about 1e-6; 1e-3 and more is a fault.
+
+    Raises:
+      ValueError: the model is not built, or one of the engines cannot measure it.
+
+    Example:
+
+    >>> import keras, numpy as np, tf_gsnr
+    >>> model = keras.Sequential([keras.Input([3]), keras.layers.Dense(1)])
+    >>> x, y = np.random.normal(size=[8, 3]), np.random.normal(size=[8, 1])
+    >>> table = tf_gsnr.check_engine(model, x, y, "mse")
+    >>> max(max(row["mean"], row["variance"]) for row in table) < 1e-5
+    True
+    """
+    contract.check_model(model)
+    loss_fn = per_example_loss(loss, model)
+    x, y, sample_weight = tf.nest.map_structure(
+        lambda v: None if v is None else tf.convert_to_tensor(v), (x, y, sample_weight)
+    )
+    options = dict(training=training, batch_norm=batch_norm)
+    ours, theirs = (
+        tf.function(engine.build(model, loss_fn, **options), autograph=False)(
+            x, y, sample_weight
+        ).moments.numpy()
+        for engine in (layerwise, vectorized)
+    )
+    units = capture.units_of(model, layerwise.whole_layers(model), rules.activation_of)
+    routes = {row["layer"]: row["route"] for row in explain(model)}
+    route_of = {
+        id(v): routes[unit.layer.path or unit.layer.name] for unit in units for v in unit.variables
+    }
+    table = Table()
+    for j, variable in enumerate(model.trainable_variables):
+        m2 = theirs.m2[j].max()
+        square = m2 / theirs.count + np.max(theirs.mean[j] ** 2)
+        table.append(
+            {
+                "variable": variable.path,
+                "route": route_of.get(id(variable), "unused"),
+                "mean": _relative(ours.mean[j] - theirs.mean[j], square**0.5),
+                "variance": _relative(ours.m2[j] - theirs.m2[j], m2),
+            }
+        )
+    return table
+
+
+def _relative(difference, scale):
+    return float(f"{np.abs(difference).max() / scale if scale else np.abs(difference).max():.1e}")

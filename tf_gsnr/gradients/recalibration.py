@@ -1,0 +1,109 @@
+"""Batch-norm statistics of a whole data set, computed exactly, for the time of a measurement.
+
+The moving statistics of a layer lag behind its weights. Appendix A.2 of the paper evaluates with
+the mean and variance of the training set instead: layer by layer, since those of a layer depend on
+those of the layers before it. Index letters: a and b disjoint sets of examples.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from tf_gsnr.gradients import contract
+
+
+@contextlib.contextmanager
+def whole_data_statistics(model: keras.Model, batches: Callable):
+    """While this is open, `BatchNormalization` layers hold the statistics of the whole data.
+
+    One pass over the data per layer, memory independent of their number; the moving statistics are
+    put back bit for bit afterwards, whatever happens in between.
+
+    Args:
+      model: the model; its layers are run in inference mode.
+      batches: `() -> ` iterable of `(x, y, sample_weight, valid)`; may be called several times.
+    """
+    layers = _in_order_of_calls(model, next(iter(batches()))[0])
+    variables = [v for layer in layers for v in (layer.moving_mean, layer.moving_variance)]
+    before = [np.array(v) for v in variables]
+    try:
+        for layer in layers:
+            mean, variance = _statistics(model, layer, batches())
+            layer.moving_mean.assign(mean)
+            layer.moving_variance.assign(variance)
+        yield
+    finally:
+        for variable, value in zip(variables, before):
+            variable.assign(value)
+
+
+def _in_order_of_calls(model, x):
+    layers = [
+        layer
+        for layer in contract.sublayers(model)
+        if isinstance(layer, keras.layers.BatchNormalization)
+    ]
+    seen = {}
+
+    def noting(layer):
+        call = layer.call
+
+        def noted(*args, **kwargs):
+            seen.setdefault(id(layer), layer)
+            return call(*args, **kwargs)
+
+        return noted
+
+    with contract.replaced_calls([(layer, noting(layer)) for layer in layers]):
+        with keras.StatelessScope():
+            model(x, training=False)
+    return list(seen.values())
+
+
+def _statistics(model, layer, batches):
+    """`(mean, variance)` of a layer's inputs over all examples, in float64."""
+
+    @tf.function(autograph=False)
+    def of_batch(x, valid):
+        found = []
+        call = layer.call
+
+        def noted(inputs, *args, **kwargs):
+            found.append(_moments(inputs, layer.axis, valid))
+            return call(inputs, *args, **kwargs)
+
+        with contract.replaced_calls([(layer, noted)]), keras.StatelessScope():
+            model(x, training=False)
+        return found
+
+    total = (0.0, 0.0, 0.0)
+    for x, _, _, valid in batches:
+        for part in of_batch(x, valid):
+            total = _merge(total, [np.asarray(v) for v in part])
+    count, mean, m2 = total
+    return mean, m2 / count
+
+
+def _moments(inputs, axis, valid):
+    """`(count, mean, sum of squared deviations)` per channel of the valid examples."""
+    inputs = tf.cast(inputs, tf.float64)
+    rank = inputs.shape.rank
+    rows = tf.boolean_mask(inputs, valid)
+    axes = [a for a in range(rank) if a != axis % rank]
+    count = tf.cast(tf.size(rows) / tf.shape(rows)[axis], tf.float64)
+    mean = tf.reduce_mean(rows, axes, keepdims=True)
+    m2 = tf.reduce_sum(tf.square(rows - mean), axes)
+    return count, tf.reshape(mean, [-1]), m2
+
+
+def _merge(a, b):
+    """Chan, Golub and LeVeque's pairwise formula."""
+    count = a[0] + b[0]
+    delta = b[1] - a[1]
+    mean = a[1] + delta * (b[0] / count)
+    return count, mean, a[2] + b[2] + delta**2 * (a[0] * b[0] / count)
