@@ -96,6 +96,14 @@ def test_validation_and_predictions_are_the_inner_models(tmp_path):
     np.testing.assert_array_equal(model.predict(X, verbose=0), network.predict(X, verbose=0))
 
 
+@pytest.mark.parametrize("pool", ["epoch", "batch"])
+def test_a_last_batch_of_one_example_changes_nothing(pool):
+    model = tf_gsnr.GSNRModel(mlp(), pool=pool)
+    history = fit(model, x=X[:33], y=Y[:33], epochs=2)
+    assert all(np.isfinite(values).all() for values in history.values())
+    assert np.isfinite(model.train_on_batch(X, Y)[0])
+
+
 def test_callbacks_see_it(tmp_path):
     log = tmp_path / "log.csv"
     stop = keras.callbacks.EarlyStopping("gap_growth", mode="min", patience=1)

@@ -120,14 +120,14 @@ class GSNRModel(keras.Model):
         shown = getattr(self, "_meter", None) is not None and not self._evaluating
         return [*metrics, self._meter] if shown else metrics
 
-    def compile(self, optimizer="rmsprop", loss=None, **kwargs):
+    def compile(self, optimizer="rmsprop", loss=None, loss_weights=None, metrics=None, **kwargs):
         """As `keras.Model.compile`; the loss is needed, one value per example."""
         if loss is None:
             raise ValueError(
                 "compile(loss=None): GSNRModel needs the loss here, one value per example; what "
                 "add_loss or a train_step of the model's own compute has no per-example form"
             )
-        super().compile(optimizer, loss, **kwargs)
+        super().compile(optimizer, loss, loss_weights, metrics, **kwargs)
         if self.inner.built and self.trainable_variables:
             self._make_meter()
 
@@ -172,10 +172,10 @@ class GSNRModel(keras.Model):
         if step.replicas() > 1:
             batch = tf.distribute.get_replica_context().all_reduce("SUM", batch)
         self._meter.advance(batch)
-        always = self.measure_every == 1
+        due &= batch > 1  # a ragged last batch of one example has no variance
         if step.loss_scale(self.optimizer) is not None:
             # The optimiser skips a step whose scaled gradients overflow, and so does the meter.
-            due, always = tf.logical_and(due, _all_finite(moments.m2)), False
+            due &= _all_finite(moments.m2)
 
         def update(moments):
             # Out of a tf.cond they come without shapes, as `_nothing` has others.
@@ -191,10 +191,7 @@ class GSNRModel(keras.Model):
                 moments = distributed.all_reduce(moments)
             self._meter.update_state(moments, self.optimizer, self.measure_every)
 
-        if always:
-            update(moments)
-        else:
-            distributed.where(due, update, moments)
+        distributed.where(due, update, moments)
 
     def test_step(self, data):
         with self._without_meter():
