@@ -22,6 +22,9 @@ _HOMES = {
     "summarize": "tf_gsnr.metrics",
     "osgr_predicted": "tf_gsnr.metrics",
     "osgr_measured": "tf_gsnr.metrics",
+    "GSNRModel": "tf_gsnr.training.model",
+    "GSNRCallback": "tf_gsnr.training.callback",
+    "write_tensorboard": "tf_gsnr.training.tensorboard",
 }
 
 __all__ = ["__version__", *_HOMES]

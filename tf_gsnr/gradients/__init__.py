@@ -18,7 +18,14 @@ import numpy as np
 import tensorflow as tf
 from absl import logging
 
-from tf_gsnr.gradients import conservation, contract, layerwise, recalibration, vectorized
+from tf_gsnr.gradients import (
+    conservation,
+    contract,
+    distributed,
+    layerwise,
+    recalibration,
+    vectorized,
+)
 from tf_gsnr.gradients.losses import per_example_loss
 from tf_gsnr.moments import Moments
 
@@ -143,6 +150,7 @@ def gradient_moments(
     recalibrate: bool = False,
     dtype: str | None = None,
     jit_compile: bool | str = "auto",
+    strategy: tf.distribute.Strategy | None = None,
 ) -> Moments:
     """Mean and variance of the gradients of every single example, for each trainable variable.
 
@@ -184,6 +192,9 @@ def gradient_moments(
         The layers must use their moving statistics: training=False or batch_norm="frozen".
       dtype: in which the moments are merged, "float32" or "float64"; default: the variables' own.
       jit_compile: whether to compile with XLA; "auto": on an accelerator and not on a CPU.
+      strategy: a `MirroredStrategy` or `MultiWorkerMirroredStrategy` in whose scope the model was
+        made: its replicas share out the micro-batches. Every process is given the same data and
+        returns the same moments, those of one device up to rounding.
 
     Returns:
       `Moments` of numpy arrays, lists in the order of `model.trainable_variables`.
@@ -208,6 +219,8 @@ def gradient_moments(
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size}: expected a positive integer")
     contract.check_model(model)
+    if strategy is not None:
+        distributed.check_strategy(strategy, model)
     if recalibrate:
         if training and batch_norm != "frozen":
             raise ValueError(
@@ -230,37 +243,58 @@ def gradient_moments(
                 batch_norm=batch_norm,
                 dtype=dtype,
                 jit_compile=jit_compile,
+                strategy=strategy,
             )
     # Padding would be part of a batch's statistics; without it the ragged end is traced once more.
     coupled = training and batch_norm == "batch" and bool(contract.batch_norm_layers(model))
     batches = iter(_batches(x, y, sample_weight, batch_size, fill=not coupled))
     first = next(batches)
     options = dict(sign_counts=sign_counts, training=training, batch_norm=batch_norm)
-    step = _compiled_step(model, loss, engine, resolve_jit_compile(jit_compile), dtype, options)
+    step = _compiled_step(
+        model, loss, engine, resolve_jit_compile(jit_compile), dtype, options, strategy
+    )
     total = Moments.empty(model.trainable_variables, dtype, sign_counts)
-    bad = tf.constant(-1, tf.int64)
+    start = total, tf.constant(-1, tf.int64)
     seed = None if seed is None else tf.constant(seed, tf.int64)
-    for index, batch in enumerate(itertools.chain([first], batches)):
+    batches = itertools.chain([first], batches)
+    if strategy is None:
+        total, bad = _stream(model, batch_size, step, start, seed, batches)
+    else:
+        total, bad = distributed.stream(strategy, step, start, seed, batches)
+    _check_finite(model, total, int(bad))
+    return total.numpy()
+
+
+def _stream(model, batch_size, step, state, seed, batches):
+    """The state after all micro-batches, `(moments, first example that is not finite or -1)`."""
+    for index, batch in enumerate(batches):
         try:
-            total, bad = step(total, bad, tf.constant(index, tf.int64), seed, *batch)
+            state = step(*state, tf.constant(index, tf.int64), seed, *batch)
         except tf.errors.InvalidArgumentError as error:
             _explain_labels(model, batch[1], index * batch_size, error)
             raise
-    _check_finite(model, total, int(bad))
-    return total.numpy()
+    return state
 
 
 _STEPS = weakref.WeakKeyDictionary()  # model -> {options: traced step}: a step is traced once
 
 
-def _compiled_step(model, loss, engine, jit_compile, dtype, options):
+def _compiled_step(model, loss, engine, jit_compile, dtype, options, strategy=None):
     """A traced `(moments, bad, index, seed, x, y, weight, valid) -> (moments, bad)`.
 
     It holds the model by a weak reference only, so that the cache keeps no model alive.
     """
     used_loss = getattr(model, "loss", None) if loss is None else loss
     variables = tuple(id(v) for v in model.trainable_variables)
-    key = (id(used_loss), engine, jit_compile, dtype, *sorted(options.items()), variables)
+    key = (
+        id(used_loss),
+        id(strategy),
+        engine,
+        jit_compile,
+        dtype,
+        *sorted(options.items()),
+        variables,
+    )
     steps = _STEPS.setdefault(model, {})
     if key not in steps:
         measure = build_engine(weakref.proxy(model), loss, engine=engine, **options)
@@ -276,7 +310,10 @@ def _compiled_step(model, loss, engine, jit_compile, dtype, options):
             moments = found.moments if dtype is None else found.moments.astype(dtype)
             return total.merge(moments), bad
 
-        steps[key] = step, used_loss  # the loss is kept, or its id could become another's
+        if strategy is not None:
+            step = distributed.replicated(strategy, step)
+        # Loss and strategy are kept, or their ids could become another's.
+        steps[key] = step, used_loss, strategy
     return steps[key][0]
 
 

@@ -35,6 +35,8 @@ def per_example_loss(loss, model=None) -> Callable:
     >>> fn(tf.constant([[0.0], [0.0]]), tf.constant([[1.0], [3.0]])).numpy().tolist()
     [1.0, 9.0]
     """
+    if getattr(loss, "is_per_example", False):
+        return loss
     weights = None
     if loss is None:
         loss = getattr(model, "loss", None)
@@ -49,31 +51,30 @@ def per_example_loss(loss, model=None) -> Callable:
     names = getattr(model, "output_names", None)
 
     def total(y_true, y_pred, sample_weight=None):
-        predictions, keys = _outputs(y_pred, names)
+        predictions, keys = outputs(y_pred, names)
         n = len(predictions)
         if n == 1:
-            single = _select(loss, keys, n, "loss") if isinstance(loss, (dict, list)) else [loss]
-            targets = _select(y_true, keys, n, "y") if isinstance(y_true, dict) else [y_true]
+            single = select(loss, keys, n, "loss") if isinstance(loss, (dict, list)) else [loss]
+            targets = select(y_true, keys, n, "y") if isinstance(y_true, dict) else [y_true]
             parts = [
                 _one_output(_as_function(single[0]), targets[0], predictions[0], sample_weight)
             ]
         else:
-            losses = (
-                _select(loss, keys, n, "loss") if isinstance(loss, (dict, list)) else [loss] * n
-            )
-            targets = _select(y_true, keys, n, "y")
+            losses = select(loss, keys, n, "loss") if isinstance(loss, (dict, list)) else [loss] * n
+            targets = select(y_true, keys, n, "y")
             shared = not isinstance(sample_weight, (dict, list, tuple))
             sample_weights = (
-                [sample_weight] * n if shared else _select(sample_weight, keys, n, "sample_weight")
+                [sample_weight] * n if shared else select(sample_weight, keys, n, "sample_weight")
             )
             parts = [
-                _one_output(_as_function(one), true, pred, weight)
+                None if one is None else _one_output(_as_function(one), true, pred, weight)
                 for one, true, pred, weight in zip(losses, targets, predictions, sample_weights)
-                if one is not None
             ]
-        factors = [1.0] * n if weights is None else _select(weights, keys, n, "loss_weights")
-        return tf.add_n([part * tf.cast(f, part.dtype) for part, f in zip(parts, factors)])
+        factors = [1.0] * n if weights is None else select(weights, keys, n, "loss_weights")
+        parts = [(part, f) for part, f in zip(parts, factors) if part is not None]
+        return tf.add_n([part * tf.cast(f, part.dtype) for part, f in parts])
 
+    total.is_per_example = True
     return total
 
 
@@ -93,6 +94,8 @@ def _as_function(loss) -> Callable:
 def _one_output(loss_fn, y_true, y_pred, sample_weight):
     mask = getattr(y_pred, "_keras_mask", None)
     y_pred = tf.convert_to_tensor(y_pred)
+    if y_pred.dtype in (tf.float16, tf.bfloat16):
+        y_pred = tf.cast(y_pred, tf.float32)  # as Keras does
     y_true = tf.convert_to_tensor(y_true)
     if y_true.dtype.is_floating:
         y_true = tf.cast(y_true, y_pred.dtype)
@@ -133,7 +136,7 @@ def _expand(array, rank):
     return array
 
 
-def _outputs(y_pred, names):
+def outputs(y_pred, names):
     """The model's outputs as a flat list, and the key of each in a dict of losses or targets."""
     if isinstance(y_pred, dict):
         keys = list(y_pred)
@@ -143,7 +146,14 @@ def _outputs(y_pred, names):
     return [y_pred], names or [0]
 
 
-def _select(values, keys, n, argument):
+def per_output(values, keys, argument) -> list:
+    """One entry per output of a nested argument; what is not nested serves them all."""
+    if isinstance(values, (dict, list, tuple)):
+        return select(values, keys, len(keys), argument)
+    return [values] * len(keys)
+
+
+def select(values, keys, n, argument):
     """One entry of `values` (a dict by output name, or a sequence) per output."""
     if isinstance(values, dict):
         unknown = set(values) - set(keys)

@@ -1,0 +1,160 @@
+"""GSNRCallback, its schedules, run directory and TensorBoard files."""
+
+import math
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import tf_gsnr
+from tf_gsnr import records
+from tf_gsnr.training import schedule
+
+RNG = np.random.default_rng(0)
+X = RNG.normal(size=[64, 5]).astype("float32")
+LABELS = RNG.integers(0, 3, 64)
+X_TEST, LABELS_TEST = RNG.normal(size=[32, 5]).astype("float32"), RNG.integers(0, 3, 32)
+
+
+def classifier(optimizer=None):
+    keras.utils.set_random_seed(0)
+    layers = [
+        keras.layers.Dense(8, activation="relu"),
+        keras.layers.BatchNormalization(),
+        keras.layers.Dropout(0.2),
+        keras.layers.Dense(3),
+    ]
+    model = keras.Sequential([keras.Input([5]), *layers])
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(optimizer or keras.optimizers.SGD(0.1, 0.9), loss)
+    return model
+
+
+def fit(model, *callbacks, **kwargs):
+    data = dict(epochs=3, batch_size=16, verbose=0) | kwargs
+    return model.fit(X, LABELS, callbacks=list(callbacks), **data).history
+
+
+def test_touches_nothing():
+    plain, measured = classifier(), classifier()
+    keras.utils.set_random_seed(3)
+    fit(plain)
+    keras.utils.set_random_seed(3)
+    fit(measured, tf_gsnr.GSNRCallback(X, LABELS, test_data=(X_TEST, LABELS_TEST)))
+    for a, b in zip(plain.variables, measured.variables):
+        np.testing.assert_array_equal(a, b)
+    for a, b in zip(plain.optimizer.variables, measured.optimizer.variables):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_logs_are_the_moments_of_the_probe_set(tmp_path):
+    model = classifier()
+    log = tmp_path / "log.csv"
+    callback = tf_gsnr.GSNRCallback(X, LABELS, every_epochs=2, per_layer=True)
+    history = fit(model, callback, keras.callbacks.CSVLogger(log), epochs=4)
+    record = tf_gsnr.summarize(tf_gsnr.gradient_moments(model, X, LABELS, sign_counts=True), model)
+    assert math.isnan(history["gsnr/mean"][0])
+    assert history["gsnr/mean"][1] == history["gsnr/mean"][2]  # the last number stays
+    for name, value in record.items():
+        name = name if name.startswith("gsnr") else f"gsnr/{name}"
+        np.testing.assert_allclose(history[name][-1], value, err_msg=name)
+    assert "gsnr/mean" in log.read_text().splitlines()[0].split(",")
+
+
+def test_run_directory(tmp_path):
+    callback = tf_gsnr.GSNRCallback(X, LABELS, every_steps=2, run_dir=tmp_path / "run")
+    fit(classifier(), callback)
+    found = records.read_records(tmp_path / "run")
+    assert [r["step"] for r in found] == [0, 2, 4, 6, 8, 10]
+    assert [r["epoch"] for r in found] == [0, 0, 1, 1, 2, 2]
+    assert all(r["gsnr/mean"] > 0 and r["count"] == 64 for r in found)
+    assert records.read_config(tmp_path / "run")["settings"]["cadence"] == "every 2 steps"
+    with pytest.raises(ValueError, match="other settings"):
+        fit(classifier(), tf_gsnr.GSNRCallback(X, LABELS, run_dir=tmp_path / "run"))
+    fit(classifier(), tf_gsnr.GSNRCallback(X, LABELS, run_dir=tmp_path / "run", overwrite=True))
+    assert len(records.read_records(tmp_path / "run")) == 3
+
+
+def test_osgr_and_gap_of_the_real_step():
+    # Full-batch descent by small steps: the probe is the training set, (24) is about just this.
+    model = classifier(keras.optimizers.SGD(1e-3))
+    for layer in model.layers:
+        layer.trainable = not isinstance(layer, keras.layers.BatchNormalization)
+    model.layers[2].rate = 0.0
+    callback = tf_gsnr.GSNRCallback(X, LABELS, every_steps=1, test_data=(X_TEST, LABELS_TEST))
+    before = [model.evaluate(*d, verbose=0) for d in ((X, LABELS), (X_TEST, LABELS_TEST))]
+    history = fit(model, callback, batch_size=64, epochs=4)
+    after = [model.evaluate(*d, verbose=0) for d in ((X, LABELS), (X_TEST, LABELS_TEST))]
+    np.testing.assert_allclose(history["gsnr/gap"][-1], after[1] - after[0], atol=1e-5)
+    moments = tf_gsnr.gradient_moments(model, X, LABELS)
+    growth = 1e-3 * sum(v.sum() for v in moments.variance(1)) / 64
+    np.testing.assert_allclose(history["gsnr/gap_predicted"][-1], 4 * growth, rtol=0.05)
+    measured = history["gsnr/osgr_measured"][-1]
+    assert np.isfinite(measured) and -1 < history["gsnr/osgr_predicted"][-1] < 1
+    drop = [b - a for a, b in zip(after, before)]
+    np.testing.assert_allclose(measured, drop[1] / drop[0], rtol=0.2, atol=0.05)
+
+
+def test_tensorboard(tmp_path):
+    pytest.importorskip("tensorboard")
+    board = keras.callbacks.TensorBoard(tmp_path / "keras")
+    callback = tf_gsnr.GSNRCallback(X, LABELS, log_dir=tmp_path / "own")
+    fit(classifier(), callback, board, epochs=2)
+    assert "epoch_gsnr/mean" in tags(tmp_path / "keras" / "train")
+    own = tags(tmp_path / "own")
+    kernels = [v.path for v in classifier().trainable_variables]
+    assert "gsnr/mean" in own and "noise_scale" in own
+    assert sum(name.startswith("gsnr_log10/") for name in own) == len(kernels)
+
+
+def tags(directory):
+    return {
+        value.tag
+        for file in directory.glob("events*")
+        for event in tf.compat.v1.train.summary_iterator(str(file))
+        for value in event.summary.value
+    }
+
+
+def test_steps_per_execution_and_schedules():
+    callback = tf_gsnr.GSNRCallback(X, LABELS, schedule=schedule.listed([4]))
+    model = classifier()
+    model.compile("sgd", model.loss, steps_per_execution=2)
+    history = fit(model, callback, epochs=2)
+    assert math.isnan(history["gsnr/mean"][0]) and history["gsnr/mean"][1] > 0
+    assert callback._step == 8
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (dict(every_epochs=0), "every_epochs=0"),
+        (dict(every_steps=-1), "every_steps=-1"),
+        (dict(every_steps=1, every_epochs=1), "give one of"),
+        (dict(schedule=3), "schedule=3"),
+        (dict(engine="fast"), "unknown engine"),
+        (dict(step=1), "unknown arguments"),
+        (dict(test_data=X), "expected a pair"),
+    ],
+)
+def test_refuses_arguments(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        tf_gsnr.GSNRCallback(X, LABELS, **arguments)
+
+
+def test_refuses_a_probe_set_that_does_not_fit():
+    with pytest.raises(ValueError, match=r"shape \(4,\), model .* takes \(5,\)"):
+        fit(classifier(), tf_gsnr.GSNRCallback(X[:, :4], LABELS))
+    with pytest.raises(ValueError, match="number of examples"):
+        fit(classifier(), tf_gsnr.GSNRCallback(X, LABELS[:3]))
+    with pytest.raises(ValueError, match="label of example"):
+        fit(classifier(), tf_gsnr.GSNRCallback(X, LABELS + 2))
+
+
+def test_schedules_refuse():
+    for make in (schedule.linear, schedule.logarithmic):
+        with pytest.raises(ValueError, match="positive integer"):
+            make(0)
+    with pytest.raises(ValueError, match="integers from 0"):
+        schedule.listed([-1])

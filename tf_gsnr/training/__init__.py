@@ -1,0 +1,1 @@
+"""What a `model.fit` user touches: `GSNRModel`, `GSNRCallback` and schedules."""
