@@ -10,7 +10,7 @@ import tensorflow as tf
 import zoo
 
 import tf_gsnr
-from tf_gsnr.gradients import conservation, contract, layerwise, vectorized
+from tf_gsnr.gradients import conservation, contract, dense_forms, layerwise, vectorized
 from tf_gsnr.gradients.losses import per_example_loss
 
 L = keras.layers
@@ -353,9 +353,7 @@ def test_explain_and_check_engine():
 @pytest.mark.parametrize("name", ["conv2d_wide", "dense_sequence", "mlp", "shared_convolution"])
 def test_blocks(name, truths, monkeypatch):
     """What does not fit into one block is taken apart; the result is the same."""
-    from tf_gsnr.gradients import forms
-
-    monkeypatch.setattr(forms, "BLOCK_BYTES", 200)
+    monkeypatch.setattr(dense_forms, "BLOCK_BYTES", 200)
     model, x, y = zoo.make(name)
     check(measured("layerwise", model, x, y).moments, model, truths(name), "float32")
 

@@ -89,9 +89,14 @@ def compare(model: keras.Model, x: Any, per_example: Callable, *, training, coup
         largest = tf.reduce_max([tf.cast(tf.reduce_max(tf.abs(g)), tf.float64) for g in theirs])
         return [_error(a, b, largest) for a, b in zip(ours, theirs)]
 
+    def evaluate():
+        arrays = tf.nest.map_structure(tf.constant, x)
+        traced = both.get_concrete_function(arrays)
+        return [float(e) for e in traced(arrays)]
+
     # A thread of its own has no graph, tape, strategy or scope around it, whatever calls this.
     with concurrent.futures.ThreadPoolExecutor(1) as thread:
-        errors = thread.submit(lambda: [float(e) for e in both(x)]).result()
+        errors = thread.submit(evaluate).result()
     return Comparison(errors, notes)
 
 

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 import tensorflow as tf
 
-from tf_gsnr.gradients import forms
+from tf_gsnr.gradients import dense_forms, forms
 
 
 def paddings(
@@ -194,9 +194,9 @@ def form(x, dz, kernel, strides, dilations, pads) -> forms.Form:
     """
     shape = tuple(kernel.shape)
     *spatial, channels, filters = shape
-    entries = (x.shape[0] or forms.UNKNOWN_BATCH) * math.prod(shape)
+    entries = (x.shape[0] or dense_forms.UNKNOWN_BATCH) * math.prod(shape)
     dtype = tf.as_dtype(kernel.dtype)
-    if x.shape[-1] == channels > NARROW and entries * dtype.size > forms.BLOCK_BYTES:
+    if x.shape[-1] == channels > NARROW and entries * dtype.size > dense_forms.BLOCK_BYTES:
         patches = views(x, spatial, strides, dilations, pads, dz.shape[2:-1])
         columns = [functools.partial(_positions, patch, channels) for patch in patches]
         return forms.Outer(columns, _positions(dz, filters), shape, dtype)
