@@ -15,7 +15,6 @@ os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import argparse
-import resource
 import subprocess
 import sys
 import time
@@ -110,7 +109,9 @@ def print_peak(method, name, batch):
         run = step(method, name, batch)
         for _ in range(3):
             run()
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+    from memory import peak_mib
+
+    print(peak_mib())
 
 
 def main():

@@ -27,9 +27,7 @@ def per_example_gradients(model, loss_fn, x, y, *, sample_weight=None, training=
     rows = []
     for n in range(count):
         own = slice(None) if training else slice(n, n + 1)
-        x_n, y_n, w_n = tf.nest.map_structure(
-            lambda v: None if v is None else v[own], (x, y, sample_weight)
-        )
+        x_n, y_n, w_n = _rows((x, y, sample_weight), own)
         with tf.GradientTape() as tape:
             with keras.StatelessScope(state_mapping=state):
                 prediction = model(x_n, training=training)
@@ -41,6 +39,10 @@ def per_example_gradients(model, loss_fn, x, y, *, sample_weight=None, training=
         )
         rows.append([np.asarray(tf.convert_to_tensor(g), np.float64) for g in gradients])
     return [np.stack(g) for g in zip(*rows)]
+
+
+def _rows(data, rows):
+    return tf.nest.map_structure(lambda v: None if v is None else v[rows], data)
 
 
 def moments(gradients):

@@ -239,8 +239,8 @@ def test_the_figure_holds_up_with_missing_errors_and_one_point():
         osgr_predicted_se=float("nan"),
         small_step=False,
     )
-    assert len(plots.osgr_figure([record]).axes) == 1
-    assert "0" in plots.osgr_summary([record])["pearson"]
+    assert len(plots.osgr.figure([record]).axes) == 1
+    assert "0" in plots.osgr.summary([record])["pearson"]
 
 
 def test_progress_tells_the_time_left():

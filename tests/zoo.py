@@ -56,10 +56,10 @@ def _random_convolution(rng):
     layer = [L.Conv1D, L.Conv2D, L.Conv3D][rank - 1]
     strided = bool(rng.integers(2))
     groups = int(rng.integers(1, 3)) if rank < 3 else 1
-    channels = 2 * int(rng.integers(1, 3))
+    channels = 2 * int(rng.integers(1, 5))
     sizes = tuple(int(s) for s in rng.integers(5, 9, size=rank))
     kwargs = dict(
-        filters=2 * int(rng.integers(1, 3)),
+        filters=2 * int(rng.integers(1, 5)),
         kernel_size=tuple(int(k) for k in rng.integers(1, 4, size=rank)),
         padding=str(rng.choice(["same", "valid"])),
         strides=2 if strided else 1,
@@ -244,6 +244,16 @@ ZOO = {
     "conv_random_2": _random_convolution,
     "conv_random_3": _random_convolution,
     "conv_random_4": _random_convolution,
+    "conv_random_5": _random_convolution,
+    "conv_random_6": _random_convolution,
+    "conv_random_7": _random_convolution,
+    "conv2d_wide": _stack(
+        lambda: L.Conv2D(3, (3, 2), padding="same", activation="tanh"),
+        lambda: L.Conv2D(6, (2, 3), padding="same", activation="tanh"),
+        lambda: L.Conv2D(6, (3, 3), dilation_rate=2, activation="tanh"),
+        lambda: L.Conv2D(4, 3, strides=2),
+        shape=(12, 11, 5),
+    ),
     "dense_sequence": _line(L.Dense, units=4),
     "einsum_dense": _stack(
         lambda: L.EinsumDense("abc,cd->abd", (5, 4), bias_axes="d", activation="tanh"),

@@ -5,10 +5,13 @@ Index letters: n example.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
+
+from tf_gsnr import progress
 
 
 class Source(NamedTuple):
@@ -145,7 +148,12 @@ def _read_tfds(name, data_dir):
             f"unknown dataset {name!r}; available: toy, mnist, cifar10, or any "
             "image-classification data set of TensorFlow Datasets (https://www.tensorflow.org/datasets/catalog)"
         ) from None
+    if not builder.is_prepared():
+        progress.say(f"{name} is not in {builder.data_dir}: downloading it")
+    retries = logging.getLogger("urllib3")
+    level = retries.level
     try:
+        retries.setLevel(logging.ERROR)  # without a network TFDS tries for a minute or two
         builder.download_and_prepare()
     except Exception as error:  # TFDS lets network, disk and checksum errors through as they are
         raise ValueError(
@@ -154,6 +162,8 @@ def _read_tfds(name, data_dir):
             f"{builder.version}/ prepared by TFDS, or, on a machine with a network, run once: "
             f'python -c "import tensorflow_datasets as tfds; tfds.load({name!r})"'
         ) from None
+    finally:
+        retries.setLevel(level)
     features = builder.info.features
     if builder.info.supervised_keys != ("image", "label") or "test" not in builder.info.splits:
         raise ValueError(

@@ -61,7 +61,11 @@ def _define_grid(name, number, help_text):
     flags.DEFINE_multi(_List(number), _ListSerializer(), name, None, help_text)
 
 
-flags.DEFINE_string("experiment", "osgr", "Which experiment: osgr (figures 4, 9 and 11).")
+flags.DEFINE_string(
+    "experiment",
+    "osgr",
+    "Which experiment: osgr (figures 4, 9, 11) or freezing (figure 6, table 1).",
+)
 flags.DEFINE_string(
     "dataset",
     "mnist",
@@ -96,6 +100,10 @@ flags.DEFINE_integer("training_sets", None, "M, the training sets a configuratio
 flags.DEFINE_float("learning_rate", None, "lambda, the step of full-batch gradient descent.")
 flags.DEFINE_integer("test_size", None, "Test examples. Default: the whole test set.")
 flags.DEFINE_integer("batch_size", 500, "Examples a micro-batch; speed and memory only.")
+flags.DEFINE_integer("steps", None, "freezing: gradient-descent steps.")
+flags.DEFINE_integer("every", None, "freezing: steps from one measurement to the next.")
+flags.DEFINE_integer("repeats", None, "freezing: seeds, from --seed on.")
+flags.DEFINE_float("initial_scale", None, "freezing: standard deviation of the initial weights.")
 flags.DEFINE_float("toy_input_scale", 1.0, "Toy data: inputs are uniform on +- this [ours].")
 flags.DEFINE_float("toy_noise_scale", 0.01, "Toy data: noise is uniform on +- this [ours].")
 flags.DEFINE_string(
@@ -151,8 +159,7 @@ def _environment(engine, jit_compile):
     ]
     return {
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
-        "flags": {f.name: f.value for f in FLAGS.get_key_flags_for_module("tf_gsnr.main") or []}
-        | {f.name: f.value for f in FLAGS.get_key_flags_for_module(sys.argv[0])},
+        "flags": _flag_values(f.name for f in FLAGS.get_key_flags_for_module(sys.argv[0])),
         "versions": {
             "tf_gsnr": __version__,
             "tensorflow": tf.__version__,
@@ -182,10 +189,9 @@ def run(argv):
     configurations = _shard(experiment.configurations(settings))
     options = dict(input_scale=FLAGS.toy_input_scale, noise_scale=FLAGS.toy_noise_scale)
     source = data.load(FLAGS.dataset, FLAGS.data_dir, **options)
-    if source.pool is not None and max(settings.n) > source.pool:
-        raise ValueError(
-            f"--n={max(settings.n)}: {source.name} has {source.pool} training examples"
-        )
+    largest = max(settings.n) if isinstance(settings.n, list) else settings.n
+    if source.pool is not None and largest > source.pool:
+        raise ValueError(f"--n={largest}: {source.name} has {source.pool} training examples")
     directory = records.RunDirectory(
         Path(FLAGS.runs_dir) / (FLAGS.name or f"{FLAGS.experiment}_{FLAGS.dataset}"),
         settings._asdict() | {"experiment": FLAGS.experiment},
@@ -211,7 +217,7 @@ def _go_through(experiment, configurations, settings, source, directory, jit):
     written = directory.records()
     for index, (configuration, work) in enumerate(zip(configurations, works)):
         epochs = {r["epoch"] for r in written if all(r[k] == v for k, v in configuration.items())}
-        if set(settings.epochs) <= epochs:
+        if set(experiment.epochs(settings)) <= epochs:
             bar.skip(work)
             continue
         begin = time.monotonic()
@@ -226,10 +232,10 @@ def _go_through(experiment, configurations, settings, source, directory, jit):
 def _finish(directory):
     """Summary, table and figure of all records of the run."""
     found = directory.records()
-    _, _, summary_of, table_of = plots.FIGURES[FLAGS.experiment]
-    directory.write_json("summary.json", {"experiment": FLAGS.experiment, **summary_of(found)})
+    drawn = plots.FIGURES[FLAGS.experiment]
+    directory.write_json("summary.json", {"experiment": FLAGS.experiment, **drawn.summary(found)})
     figure = plots.draw(FLAGS.experiment, found, directory.path / "figures")
-    print(table_of(found))
+    print(drawn.table(found))
     print(f"\nrecords: {directory.path / 'records.jsonl'}\nfigure:  {figure}")
     return directory
 

@@ -5,6 +5,7 @@ An experiment is a module with
     GRID             the names of the settings that are lists it goes through
     settings(**given) -> Settings
     configurations(settings) -> list of dict, each of which can be run, skipped or moved alone
+    epochs(settings) -> the epochs of a configuration's records, one record each
     work(configuration, settings) -> float, proportional to its time
     run(configuration, settings, workbench) -> iterator of flat records
 and a line in `EXPERIMENTS`; its figure and its summary are in `plots.FIGURES`.
@@ -15,7 +16,10 @@ from __future__ import annotations
 import importlib
 from typing import Any, NamedTuple
 
-EXPERIMENTS = {"osgr": "tf_gsnr.experiments.osgr"}
+EXPERIMENTS = {
+    "osgr": "tf_gsnr.experiments.osgr",
+    "freezing": "tf_gsnr.experiments.freezing",
+}
 
 
 class Workbench(NamedTuple):

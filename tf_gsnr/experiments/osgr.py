@@ -102,6 +102,10 @@ def configurations(settings: Settings) -> list[dict]:
     return [dict(n=n, p_random=p, width=width) for n, p, width in grid]
 
 
+def epochs(settings: Settings) -> list[int]:
+    return settings.epochs
+
+
 def work(configuration: dict, settings: Settings) -> float:
     """Proportional to the time that a configuration takes: forward passes of an example."""
     return settings.training_sets * sum(_set_work(configuration, settings))

@@ -15,7 +15,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from tf_gsnr.gradients import contract
+from tf_gsnr.gradients import contract, recurrent
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,7 +133,7 @@ def run(
     state += list(zip(generators, seeds))
     with tf.GradientTape(watch_accessed_variables=False) as tape:
         with keras.StatelessScope(state_mapping=state) as scope:
-            recorder = _Recorder(tape, scope, generators, batch_size(x))
+            recorder = _Recorder(tape, scope, generators, batch_size(x), training)
             with contract.replaced_calls([(u.layer, recorder.wrap(u)) for u in units]):
                 predictions = model(x, training=training)
             state = [(v, scope.get_current_value(v)) for v in model.non_trainable_variables]
@@ -161,7 +161,8 @@ def _dense(gradient):
 class _Recorder:
     """Makes the calls that take the place of the layers' own while the model is traced."""
 
-    def __init__(self, tape, scope, generators, n):
+    def __init__(self, tape, scope, generators, n, training):
+        self.training = training
         self.tape, self.scope, self.generators, self.n = tape, scope, generators, n
         self.calls = []
         self.unobservable = []  # layers that were called inside a loop or branch of the graph
@@ -177,6 +178,9 @@ class _Recorder:
             if _graph() is not self.graph:
                 self.unobservable.append(unit.layer)
                 return call(*args, **kwargs)
+            if unit.whole and recurrent.can_unroll(unit.layer, args[0], self.training):
+                with recurrent.unrolled(unit.layer):
+                    return call(*args, **kwargs)  # its cells are units of their own
             seeds = [(v, self.scope.get_current_value(v)) for v in self.generators]
             self.in_whole = unit.whole
             try:

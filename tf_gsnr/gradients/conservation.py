@@ -89,9 +89,14 @@ def compare(model: keras.Model, x: Any, per_example: Callable, *, training, coup
         largest = tf.reduce_max([tf.cast(tf.reduce_max(tf.abs(g)), tf.float64) for g in theirs])
         return [_error(a, b, largest) for a, b in zip(ours, theirs)]
 
+    def evaluate():
+        arrays = tf.nest.map_structure(tf.constant, x)
+        traced = both.get_concrete_function(arrays)
+        return [float(e) for e in traced(arrays)]
+
     # A thread of its own has no graph, tape, strategy or scope around it, whatever calls this.
     with concurrent.futures.ThreadPoolExecutor(1) as thread:
-        errors = thread.submit(lambda: [float(e) for e in both(x)]).result()
+        errors = thread.submit(evaluate).result()
     return Comparison(errors, notes)
 
 
@@ -140,7 +145,7 @@ def _random_loss(predictions, n):
             continue
         factors = tf.random.stateless_normal(tf.shape(output), [k, 7])
         terms = tf.reshape(output * tf.cast(factors, output.dtype), [n, -1])
-        total.append(tf.cast(tf.reduce_sum(terms, 1), keras.backend.floatx()))
+        total.append(tf.cast(tf.reduce_sum(terms, 1), tf.float64))
     return tf.add_n(total)
 
 
@@ -158,8 +163,8 @@ def _random_like(model, x):
         if dtype.is_integer or dtype.is_bool:
             return rng.integers(0, 2, size=shape).astype(dtype.as_numpy_dtype)
         raise NotConserved(
-            f"model {model.name!r} takes {dtype.name} inputs, on which the layer-wise engine cannot "
-            "be checked: use engine='vectorized'"
+            f"model {model.name!r} takes {dtype.name} inputs, on which the layer-wise engine "
+            "cannot be checked: use engine='vectorized'"
         )
 
     return tf.nest.map_structure(random, x)

@@ -7,13 +7,14 @@ Everything here is channels last; convolutions of 1, 2 and 3 spatial dimensions 
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Sequence
 
 import tensorflow as tf
 
-from tf_gsnr.gradients import forms
+from tf_gsnr.gradients import dense_forms, forms
 
 
 def paddings(
@@ -185,9 +186,18 @@ def depthwise_kernel_gradients(x, dz, kernel, strides, dilations, pads):
 def form(x, dz, kernel, strides, dilations, pads) -> forms.Form:
     """The form of a convolution's kernel gradient; arguments as `kernel_gradients`.
 
+    A large kernel is taken apart by its positions: for each one the gradient is what a dense layer
+    leaves behind, so that only a part of `[n, *kernel]` is there at a time.
+
     Args:
       kernel: the kernel variable.
     """
-    return forms.rows(
-        lambda: kernel_gradients(x, dz, tuple(kernel.shape), strides, dilations, pads), kernel
-    )
+    shape = tuple(kernel.shape)
+    *spatial, channels, filters = shape
+    entries = (x.shape[0] or dense_forms.UNKNOWN_BATCH) * math.prod(shape)
+    dtype = tf.as_dtype(kernel.dtype)
+    if x.shape[-1] == channels > NARROW and entries * dtype.size > dense_forms.BLOCK_BYTES:
+        patches = views(x, spatial, strides, dilations, pads, dz.shape[2:-1])
+        columns = [functools.partial(_positions, patch, channels) for patch in patches]
+        return forms.Outer(columns, _positions(dz, filters), shape, dtype)
+    return forms.rows(lambda: kernel_gradients(x, dz, shape, strides, dilations, pads), kernel)

@@ -53,7 +53,7 @@ def explain(model: keras.Model) -> Table:
     """
     contract.check_model(model)
     table = Table()
-    for unit in capture.units_of(model, layerwise.whole_layers(model), rules.activation_of):
+    for unit in _units(model):
         rule = None if unit.whole else rules.rule_of(unit.layer)
         route = rule.function.__name__ if rule else "fallback (whole)" if unit.whole else "fallback"
         table.append(
@@ -65,6 +65,14 @@ def explain(model: keras.Model) -> Table:
             }
         )
     return table
+
+
+def _units(model):
+    """The model's units but for those inside of others."""
+    whole = layerwise.whole_layers(model)
+    inside = {id(one) for layer in whole for one in layer._flatten_layers(include_self=False)}
+    units = capture.units_of(model, whole, rules.activation_of)
+    return [unit for unit in units if id(unit.layer) not in inside]
 
 
 def check_engine(
@@ -114,7 +122,7 @@ def check_engine(
         ).moments.numpy()
         for engine in (layerwise, vectorized)
     )
-    units = capture.units_of(model, layerwise.whole_layers(model), rules.activation_of)
+    units = _units(model)
     routes = {row["layer"]: row["route"] for row in explain(model)}
     route_of = {
         id(v): routes[unit.layer.path or unit.layer.name] for unit in units for v in unit.variables

@@ -13,7 +13,16 @@ from collections.abc import Callable
 import keras
 import tensorflow as tf
 
-from tf_gsnr.gradients import capture, conservation, contract, fallback, forms, layer_rules, rules
+from tf_gsnr.gradients import (
+    capture,
+    conservation,
+    contract,
+    fallback,
+    forms,
+    layer_rules,
+    recurrent,
+    rules,
+)
 from tf_gsnr.moments import Moments
 
 assert layer_rules  # importing it registers Keras's layers
@@ -125,6 +134,7 @@ def forms_of(calls, folds=None) -> dict:
     by_variable = {}
     for call, fold in zip(calls, folds or [None] * len(calls), strict=True):
         call.fold = _fold(call, fold)
+    for call in recurrent.together(calls):
         if not call.used:
             continue
         rule = None if call.unit.whole else rules.rule_of(call.layer)

@@ -1,28 +1,15 @@
-"""From records to figures and summaries. Never imports TensorFlow: a report opens in a second."""
+"""OSGR predicted against measured: figures 4, 9 and 11."""
 
 from __future__ import annotations
 
-from pathlib import Path
+import numpy as np
 
-import matplotlib
-
-matplotlib.use("Agg")  # files, no window
-import matplotlib.pyplot as plt  # noqa: E402
-import numpy as np  # noqa: E402
+from tf_gsnr.plots.style import by, column, pearson, plt
 
 MARKERS = "osD^vP*X"
 
 
-def pearson(x, y) -> float:
-    """Pearson correlation; NaN with fewer than three finite pairs."""
-    x, y = np.asarray(x, float), np.asarray(y, float)
-    finite = np.isfinite(x) & np.isfinite(y)
-    if finite.sum() < 3:
-        return float("nan")
-    return float(np.corrcoef(x[finite], y[finite])[0, 1])
-
-
-def osgr_summary(records: list[dict]) -> dict:
+def summary(records: list[dict]) -> dict:
     """Per epoch: how well the predicted OSGR matches the measured one.
 
     Returns:
@@ -30,28 +17,28 @@ def osgr_summary(records: list[dict]) -> dict:
       configurations; `within_two_se`, the share whose difference is under two standard errors;
       `small_step`, the share of configurations still in the small-step regime; `configurations`.
     """
-    summary = {
+    found = {
         "pearson": {},
         "measured_minus_predicted": {},
         "within_two_se": {},
         "small_step": {},
         "configurations": {},
     }
-    for epoch, group in _by(records, "epoch").items():
-        measured, predicted = _column(group, "osgr_measured"), _column(group, "osgr_predicted")
-        se = np.hypot(_column(group, "osgr_measured_se"), _column(group, "osgr_predicted_se"))
+    for epoch, group in by(records, "epoch").items():
+        measured, predicted = column(group, "osgr_measured"), column(group, "osgr_predicted")
+        se = np.hypot(column(group, "osgr_measured_se"), column(group, "osgr_predicted_se"))
         key = str(epoch)
-        summary["pearson"][key] = pearson(predicted, measured)
-        summary["measured_minus_predicted"][key] = float(np.mean(measured - predicted))
-        summary["within_two_se"][key] = float(np.mean(np.abs(measured - predicted) < 2 * se))
-        summary["small_step"][key] = float(np.mean([r["small_step"] for r in group]))
-        summary["configurations"][key] = len(group)
-    return summary
+        found["pearson"][key] = pearson(predicted, measured)
+        found["measured_minus_predicted"][key] = float(np.mean(measured - predicted))
+        found["within_two_se"][key] = float(np.mean(np.abs(measured - predicted) < 2 * se))
+        found["small_step"][key] = float(np.mean([r["small_step"] for r in group]))
+        found["configurations"][key] = len(group)
+    return found
 
 
-def osgr_table(records: list[dict]) -> str:
+def table(records: list[dict]) -> str:
     """The summary as a table for a terminal, a line an epoch."""
-    s = osgr_summary(records)
+    s = summary(records)
     lines = ["  epoch  Pearson  measured - predicted  within 2 s.e.  small step  configurations"]
     for epoch in s["pearson"]:
         lines.append(
@@ -62,16 +49,16 @@ def osgr_table(records: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def osgr_figure(records: list[dict]) -> plt.Figure:
+def figure(records: list[dict]) -> plt.Figure:
     """Figure 4 (and 9, 11): a panel per epoch, a point per configuration, measured over predicted.
 
     Colour is n, marker is p_random, error bars are one standard error; hollow points have left the
     small-step regime. All panels share their axes.
     """
-    epochs = _by(records, "epoch")
+    epochs = by(records, "epoch")
     columns = min(len(epochs), 3)
     rows = -(-len(epochs) // columns)
-    figure, axes = plt.subplots(
+    drawn, axes = plt.subplots(
         rows,
         columns,
         figsize=(3.6 * columns + 1.6, 3.5 * rows + 0.7),
@@ -100,18 +87,18 @@ def osgr_figure(records: list[dict]) -> plt.Figure:
                 elinewidth=0.8,
                 alpha=0.9,
             )
-        value = pearson(_column(group, "osgr_predicted"), _column(group, "osgr_measured"))
+        value = pearson(column(group, "osgr_predicted"), column(group, "osgr_measured"))
         axis.set_title(f"epoch {epoch}", fontsize=11)
         axis.text(0.04, 0.94, f"Pearson {value:.3f}", transform=axis.transAxes, va="top")
         axis.set(xlim=(low, high), ylim=(low, high), aspect="equal")
         axis.grid(alpha=0.25)
     for axis in list(axes.flat)[len(epochs) :]:
         axis.set_visible(False)
-    for column, axis in enumerate(axes[-1]):
+    for place, axis in enumerate(axes[-1]):
         if not axis.get_visible():
-            axes[-2][column].xaxis.set_tick_params(labelbottom=True)
-    figure.supxlabel("OSGR predicted from per-example gradients, (24)")
-    figure.supylabel("OSGR measured, (23)")
+            axes[-2][place].xaxis.set_tick_params(labelbottom=True)
+    drawn.supxlabel("OSGR predicted from per-example gradients, (24)")
+    drawn.supylabel("OSGR measured, (23)")
     handles = [
         plt.Line2D([], [], color=colours[n], marker="o", linestyle="", label=f"n = {n}")
         for n in sizes
@@ -125,39 +112,14 @@ def osgr_figure(records: list[dict]) -> plt.Figure:
                 [], [], color="0.35", marker="o", fillstyle="none", linestyle="", label="large step"
             )
         )
-    figure.legend(handles=handles, loc="outside right upper", frameon=False)
+    drawn.legend(handles=handles, loc="outside right upper", frameon=False)
     first = records[0]
-    figure.suptitle(
+    drawn.suptitle(
         f"{first['dataset']}: {len(epochs[records[0]['epoch']])} configurations, "
         f"M = {first['training_sets']}, learning rate {first['learning_rate']:g}",
         fontsize=12,
     )
-    return figure
-
-
-# experiment -> (figure's name, records -> Figure, records -> summary, records -> table)
-FIGURES = {"osgr": ("osgr", osgr_figure, osgr_summary, osgr_table)}
-
-
-def draw(experiment: str, records: list[dict], directory) -> Path:
-    """Draws the figure of an experiment's records into `directory` and returns its path."""
-    name, figure_of, *_ = FIGURES[experiment]
-    path = Path(directory) / f"{name}.png"
-    figure = figure_of(records)
-    partial = path.with_suffix(".partial.png")
-    figure.savefig(partial, dpi=150)
-    plt.close(figure)
-    partial.replace(path)
-    return path
-
-
-def _by(records, name) -> dict:
-    """Records grouped by the value of a field, in order of the value."""
-    return {v: [r for r in records if r[name] == v] for v in sorted({r[name] for r in records})}
-
-
-def _column(records, name):
-    return np.array([r[name] for r in records], float)
+    return drawn
 
 
 def _error(se):
@@ -166,7 +128,7 @@ def _error(se):
 
 def _limits(records):
     """Axes that hold all points, whatever outliers' error bars do."""
-    values = np.concatenate([_column(records, k) for k in ("osgr_measured", "osgr_predicted")])
+    values = np.concatenate([column(records, k) for k in ("osgr_measured", "osgr_predicted")])
     values = values[np.isfinite(values)]
     if not len(values):
         return 0.0, 1.0

@@ -1,0 +1,201 @@
+"""Forms of a layer's per-example gradients G[n], and what is wanted of them.
+
+A form never holds more of `[n, parameters]` than it must. It answers with the sum and the spread
+over examples, the counts of signs and each example's squared norm. Index letters: n example,
+t position within an example, i in, o out, j any parameter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import tensorflow as tf
+
+BLOCK_BYTES = 32 * 2**20  # of the [n, parameters] that one step of a form materialises
+UNKNOWN_BATCH = 1024  # stands for n where it is not known when traced
+# Below this share of sum g^2 the spread is computed again from centred gradients: n mean^2 is then
+# so close to sum g^2 that their difference would lose digits.
+CENTRED_BELOW = 0.02
+
+
+class Form:
+    """Base of the forms: subclasses give `blocks`, the rest follows.
+
+    `blocks()` is a list of functions; each returns some of the parameters' gradients as a matrix
+    `[n, j]`, together they are the variable, flattened.
+    """
+
+    shape: Sequence[int]
+    dtype: Any
+
+    def blocks(self) -> list[Callable]:
+        raise NotImplementedError
+
+    def materialise(self):
+        """`[n, *shape]`."""
+        return tf.reshape(concatenated([block() for block in self.blocks()], 1), [-1, *self.shape])
+
+    def total(self):
+        """`sum_n G[n]`."""
+        return self._assemble(lambda g: tf.reduce_sum(g, 0))
+
+    def moments(self, count, valid):
+        """`(mean, m2)` over the examples.
+
+        Args:
+          count: how many examples are valid, at least 1; in the form's dtype.
+          valid: `[n]` 0 or 1 in the form's dtype, or None. Others' gradients are zero already.
+        """
+
+        def one(g):
+            mean = tf.reduce_sum(g, 0) / count
+            center = mean if valid is None else valid[:, tf.newaxis] * mean
+            return mean, tf.reduce_sum(tf.math.squared_difference(g, center), 0)
+
+        return self._assemble(one)
+
+    def signs(self):
+        """`(n+, n-)`, int64: how many examples have `G > 0` and `G < 0`."""
+        return self._assemble(
+            lambda g: (tf.math.count_nonzero(g > 0, 0), tf.math.count_nonzero(g < 0, 0))
+        )
+
+    def square_norms(self):
+        """`[n]`: the sum of squares over the parameters."""
+        return tf.add_n([tf.reduce_sum(tf.square(block()), 1) for block in self.blocks()])
+
+    def _assemble(self, fn):
+        """`fn` of each block, one after the other, put together in the shape of the variable."""
+        parts = []
+        for block in self.blocks():
+            with tf.control_dependencies(tf.nest.flatten(parts[-1:])):
+                parts.append(fn(block()))
+        if not isinstance(parts[0], tuple):
+            return tf.reshape(concatenated(parts, 0), self.shape)
+        return tuple(tf.reshape(concatenated(p, 0), self.shape) for p in zip(*parts))
+
+
+class Rows(Form):
+    """Gradients that are at hand: `G[n]` itself, or a function that makes it."""
+
+    def __init__(self, gradients, shape, dtype):
+        self.gradients, self.shape, self.dtype = gradients, tuple(shape), tf.as_dtype(dtype)
+
+    def materialise(self):
+        g = self.gradients() if callable(self.gradients) else self.gradients
+        return tf.cast(g, self.dtype)
+
+    def blocks(self):
+        return [lambda: tf.reshape(self.materialise(), [-1, product(self.shape)])]
+
+
+class Outer(Form):
+    """`G[n,i,o] = sum_t x[n,t,i] dz[n,t,o]`, what a matrix product leaves behind.
+
+    Args:
+      x: functions, each of which returns some columns `[n, t, i]` of the input; or one tensor.
+      dz: `[n, t, o]`, or `[n, o]` (then x is `[n, i]`) where an example has one position.
+      shape: of the variable; its leading entries make up i, its last is o.
+    """
+
+    def __init__(self, x, dz, shape, dtype):
+        self.shape, self.dtype = tuple(shape), tf.as_dtype(dtype)
+        self.columns = list(x) if isinstance(x, (list, tuple)) else [lambda: x]
+        self.dz = tf.cast(dz, self.dtype)
+        self.factored = dz.shape.rank == 2
+
+    def column(self, function):
+        return tf.cast(function(), self.dtype)
+
+    def blocks(self):
+        n = self.dz.shape[0] or UNKNOWN_BATCH
+        outputs = self.dz.shape[-1]
+        blocks = []
+        for function in self.columns:
+            width = product(self.shape) // outputs // len(self.columns)
+            step = max(1, BLOCK_BYTES // (n * outputs * self.dtype.size))
+            step = -(-width // -(-width // step))  # blocks of about one size
+            for start in range(0, width, step):
+                blocks.append(self._block(function, start, min(start + step, width), width))
+        return blocks
+
+    def _block(self, function, start, stop, width):
+        def block():
+            x = self.column(function)
+            if stop - start < width:
+                x = x[..., start:stop]
+            if self.factored:
+                g = x[:, :, tf.newaxis] * self.dz[:, tf.newaxis, :]
+            else:
+                g = tf.matmul(x, self.dz, transpose_a=True)
+            return tf.reshape(g, [-1, (stop - start) * self.dz.shape[-1]])
+
+        return block
+
+    def _flat(self):
+        """x and dz as matrices over all positions."""
+        x = concatenated([self.column(f) for f in self.columns], -1)
+        return tf.reshape(x, [-1, x.shape[-1]]), tf.reshape(self.dz, [-1, self.dz.shape[-1]])
+
+    def total(self):
+        x, dz = self._flat()
+        return tf.reshape(tf.matmul(x, dz, transpose_a=True), self.shape)
+
+    def moments(self, count, valid):
+        if not self.factored:
+            return super().moments(count, valid)
+        x, dz = self._flat()
+        # dz / sqrt(n) makes the product sqrt(n) mean, whose square is what m2 lacks.
+        root = tf.sqrt(count)
+        scaled = tf.matmul(x, dz / root, transpose_a=True)
+        m2 = tf.matmul(tf.square(x), tf.square(dz), transpose_a=True) - tf.square(scaled)
+        mean = scaled / root
+
+        def centred():
+            return tf.reshape(Form.moments(self, count, valid)[1], tf.shape(m2))
+
+        def checked():
+            # m2 < share sum g^2, which is m2 + n mean^2
+            share = CENTRED_BELOW / (1 - CENTRED_BELOW)
+            cancels = tf.reduce_any(m2 < share * count * tf.square(mean))
+            return tf.cond(cancels, centred, lambda: m2)
+
+        # By Cauchy and Schwarz n mean^2 is at most the share of examples with x dz != 0, times
+        # sum g^2: where each x or each dz is zero now and then (ReLU), there is nothing to check.
+        few = (1 - CENTRED_BELOW) * count
+        dense = [tf.reduce_any(tf.reduce_sum(_nonzero(v), 0) > few) for v in (x, dz)]
+        m2 = tf.cond(dense[0] & dense[1], checked, lambda: m2)
+        m2 = tf.ensure_shape(m2, [x.shape[-1], dz.shape[-1]])
+        return tf.reshape(mean, self.shape), tf.reshape(m2, self.shape)
+
+    def signs(self):
+        if not self.factored:
+            return super().signs()
+        x, dz = self._flat()
+        up = tf.cast(tf.concat([x > 0, x < 0], 0), self.dtype)
+        positive = tf.cast(tf.concat([dz > 0, dz < 0], 0), self.dtype)
+        negative = tf.cast(tf.concat([dz < 0, dz > 0], 0), self.dtype)
+        counts = [tf.matmul(up, side, transpose_a=True) for side in (positive, negative)]
+        return tuple(tf.reshape(tf.cast(c, tf.int64), self.shape) for c in counts)
+
+    def square_norms(self):
+        if not self.factored:
+            return super().square_norms()
+        x = concatenated([self.column(f) for f in self.columns], -1)
+        return tf.reduce_sum(tf.square(x), -1) * tf.reduce_sum(tf.square(self.dz), -1)
+
+
+def _nonzero(v):
+    return tf.cast(tf.not_equal(v, 0), v.dtype)
+
+
+def concatenated(parts, axis):
+    return parts[0] if len(parts) == 1 else tf.concat(parts, axis)
+
+
+def product(numbers):
+    result = 1
+    for number in numbers:
+        result *= int(number)
+    return result

@@ -1,0 +1,83 @@
+"""The form of per-example gradients of a table of which each example touches a few rows.
+
+Index letters: n example, t position within an example, v entry of the table, o out, s slot: one
+of as many places for an example's distinct entries as there are tokens.
+"""
+
+from __future__ import annotations
+
+import tensorflow as tf
+
+from tf_gsnr.gradients.dense_forms import Form, product
+
+
+class Sparse(Form):
+    """Rows of a table: `G[n,v,o] = sum_t [ids[n,t] = v] dz[n,t,o]`, most of which are zero.
+
+    Args:
+      ids: `[n, t]` integers.
+      dz: `[n, t, o]`.
+      shape: `(vocabulary, o)`.
+    """
+
+    def __init__(self, ids, dz, shape, dtype):
+        self.shape, self.dtype = tuple(shape), tf.as_dtype(dtype)
+        self.ids, self.dz = tf.cast(ids, tf.int64), tf.cast(dz, self.dtype)
+
+    def _rows(self):
+        """Each example's distinct entries: `(example [s], entry [s], gradient [s, o])`.
+
+        There are as many slots s as tokens, since a shape must not depend on the ids; those left
+        over have the entry -1, which sums over segments pass by.
+        """
+        n, t = tf.shape(self.ids)[0], tf.shape(self.ids)[1]
+        slots, entries = n * t, tf.cast(self.shape[0], tf.int64)
+        example = tf.repeat(tf.range(n, dtype=tf.int64), t)
+        key = example * entries + tf.reshape(self.ids, [-1])
+        order = tf.argsort(key)
+        key = tf.gather(key, order)
+        fresh = tf.concat([tf.zeros([1], tf.int32), tf.cast(key[1:] != key[:-1], tf.int32)], 0)
+        slot = tf.cumsum(fresh)
+        dz = tf.gather(tf.reshape(self.dz, [-1, self.shape[1]]), order)
+        rows = tf.math.unsorted_segment_sum(dz, slot, slots)
+        keys = tf.math.unsorted_segment_max(key, slot, slots)
+        empty = tf.range(slots) > slot[-1]
+        none = tf.constant(-1, tf.int64)
+        keys = tf.where(empty, tf.zeros_like(none), keys)
+        return keys // entries, tf.where(empty, none, keys % entries), rows
+
+    def _per_entry(self, values, entries):
+        return tf.math.unsorted_segment_sum(values, entries, self.shape[0])
+
+    def materialise(self):
+        example, entry, rows = self._rows()
+        n = tf.shape(self.ids, tf.int64)[0]
+        place = tf.where(entry < 0, entry, example * self.shape[0] + entry)
+        g = tf.math.unsorted_segment_sum(rows, place, n * self.shape[0])
+        return tf.reshape(g, [-1, *self.shape])
+
+    def blocks(self):
+        return [lambda: tf.reshape(self.materialise(), [-1, product(self.shape)])]
+
+    def total(self):
+        return self._per_entry(tf.reshape(self.dz, [-1, self.shape[1]]), tf.reshape(self.ids, [-1]))
+
+    def moments(self, count, valid):
+        example, entry, rows = self._rows()
+        mean = self._per_entry(rows, entry) / count
+        there = tf.ones_like(rows[:, 0]) if valid is None else tf.gather(valid, example)
+        deviation = rows - there[:, tf.newaxis] * tf.gather(mean, tf.maximum(entry, 0))
+        absent = count - self._per_entry(there, entry)
+        m2 = self._per_entry(tf.square(deviation), entry)
+        return mean, m2 + absent[:, tf.newaxis] * tf.square(mean)
+
+    def signs(self):
+        _, entry, rows = self._rows()
+        return tuple(
+            self._per_entry(tf.cast(side, tf.int64), entry) for side in (rows > 0, rows < 0)
+        )
+
+    def square_norms(self):
+        example, _, rows = self._rows()
+        squares = tf.reduce_sum(tf.square(rows), 1)  # zero where the slot is left over
+        return tf.math.unsorted_segment_sum(squares, example, tf.shape(self.ids)[0])
