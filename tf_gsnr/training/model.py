@@ -202,16 +202,16 @@ class GSNRModel(keras.Model):
         batch = tf.shape(tf.nest.flatten(x)[0])[0]
         self._loss_tracker.update_state(found.loss * step.replicas(), sample_weight=batch)
         self.optimizer.apply_gradients(zip(found.gradients, self.trainable_variables))
-        self._show(found.moments, _global_batch(x), due)
+        self._show(found, _global_batch(x), due)
         return self.compute_metrics(x, y, found.predictions, sample_weight=sample_weight)
 
-    def _show(self, moments, batch, due):
+    def _show(self, found, batch, due):
         """Updates what is shown, from a step's moments where they were `due`."""
         self._meter.advance(batch)
         due &= batch > 1  # a ragged last batch of one example has no variance
         if step.loss_scale(self.optimizer) is not None:
             # The optimiser skips a step whose scaled gradients overflow, and so does the meter.
-            due &= _all_finite(moments.m2)
+            due &= _all_finite(found.gradients)
 
         def update(moments):
             # Out of a tf.cond they come without shapes, as `_nothing` has others.
@@ -227,7 +227,7 @@ class GSNRModel(keras.Model):
                 moments = distributed.all_reduce(moments)
             self._meter.update_state(moments, self.optimizer, self.measure_every)
 
-        distributed.where(due, update, moments)
+        distributed.where(due, update, found.moments)
 
     def test_step(self, data):
         with self._without_meter():
@@ -352,9 +352,10 @@ def _global_batch(x):
     return tf.distribute.get_replica_context().all_reduce("SUM", batch)
 
 
-def _all_finite(tensors):
+def _all_finite(gradients):
     """Whether all are finite, on all replicas."""
-    wrong = tf.add_n([tf.math.count_nonzero(~tf.math.is_finite(t)) for t in tensors])
+    values = [getattr(g, "values", g) for g in gradients if g is not None]  # dense or sparse
+    wrong = tf.add_n([tf.math.count_nonzero(~tf.math.is_finite(v)) for v in values])
     if step.replicas() > 1:
         wrong = tf.distribute.get_replica_context().all_reduce("SUM", wrong)
     return tf.equal(wrong, 0)
