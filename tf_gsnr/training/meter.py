@@ -164,6 +164,10 @@ class GSNRMeter(keras.metrics.Metric):
             results[f"gsnr/{layer}"] = tf.convert_to_tensor(self._last[f"gsnr/{layer}"])
         return results
 
+    @property
+    def result_names(self) -> list:
+        return [*self.shown, *(f"gsnr/{layer}" for layer in self._indices)]
+
     def reset_state(self):
         """At an epoch's start: the moments are emptied, what counts from the start is kept."""
         self._learnt.assign(tf.maximum(self._learnt.value, self.seen.value))

@@ -103,6 +103,7 @@ class GSNRModel(keras.Model):
         self._meter = None
         self._told = examples or 0
         self._evaluating = False
+        self._way = "either"  # of the two steps, which one a graph that is traced now is to be
         self.built = model.built
         if model.compiled:
             self.compile(**model._compile_config.config)
@@ -145,9 +146,43 @@ class GSNRModel(keras.Model):
             self._meter.examples.assign(self._told)
         return super().fit(x, y, *args, **kwargs)
 
+    def make_train_function(self, force=False):
+        """As Keras's; with two graphs, measured and plain, where the choice can be made outside."""
+        if self.train_function is not None and not force:
+            return
+        super().make_train_function(force=True)
+        if self.measure_every == 1 or self.steps_per_execution > 1:
+            return
+        ways = {"measured": self.train_function}
+        super().make_train_function(force=True)
+        ways["plain"] = self.train_function
+        steps, shown = None, {}
+
+        def train_function(iterator):
+            nonlocal steps, shown
+            if steps is None:
+                steps = 0 if self._meter is None else int(self._meter.steps.numpy())
+            self._way = "measured" if steps % self.measure_every == 0 else "plain"
+            try:
+                logs = ways[self._way](iterator)  # when it is first called, it is traced
+            finally:
+                way, self._way = self._way, "either"
+            steps += 1
+            if way == "measured":
+                shown = {name: logs[name] for name in self._meter.result_names}
+                return logs
+            return logs | (shown or self._meter.result())
+
+        self.train_function = train_function
+
     def train_step(self, data):
-        x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
         meter = self._prepared(data)
+        x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
+        if self._way == "plain":
+            with self._without_meter():
+                logs = super().train_step(data)
+            meter.advance(_global_batch(x))
+            return logs
         of_loss = [v for metric in self._compile_loss.metrics for v in metric.variables]
         state = [*self.inner.non_trainable_variables, *of_loss]
         due = tf.equal(meter.steps.value % self.measure_every, 0)
@@ -158,24 +193,25 @@ class GSNRModel(keras.Model):
         def plain():
             return step.plain(self, state, x, y, sample_weight)._replace(moments=self._nothing())
 
-        found = measured() if self.measure_every == 1 else step.either(due, measured, plain)
+        if self._way == "measured" or self.measure_every == 1:
+            found, due = measured(), tf.constant(True)
+        else:
+            found = step.either(due, measured, plain)
         for variable, value in zip(state, found.updates):
             variable.assign(value)
         batch = tf.shape(tf.nest.flatten(x)[0])[0]
         self._loss_tracker.update_state(found.loss * step.replicas(), sample_weight=batch)
         self.optimizer.apply_gradients(zip(found.gradients, self.trainable_variables))
-        self._show(found.moments, batch, due)
+        self._show(found, _global_batch(x), due)
         return self.compute_metrics(x, y, found.predictions, sample_weight=sample_weight)
 
-    def _show(self, moments, batch, due):
+    def _show(self, found, batch, due):
         """Updates what is shown, from a step's moments where they were `due`."""
-        if step.replicas() > 1:
-            batch = tf.distribute.get_replica_context().all_reduce("SUM", batch)
         self._meter.advance(batch)
         due &= batch > 1  # a ragged last batch of one example has no variance
         if step.loss_scale(self.optimizer) is not None:
             # The optimiser skips a step whose scaled gradients overflow, and so does the meter.
-            due &= _all_finite(moments.m2)
+            due &= _all_finite(found.gradients)
 
         def update(moments):
             # Out of a tf.cond they come without shapes, as `_nothing` has others.
@@ -191,7 +227,7 @@ class GSNRModel(keras.Model):
                 moments = distributed.all_reduce(moments)
             self._meter.update_state(moments, self.optimizer, self.measure_every)
 
-        distributed.where(due, update, moments)
+        distributed.where(due, update, found.moments)
 
     def test_step(self, data):
         with self._without_meter():
@@ -308,9 +344,18 @@ def _check(model, measure_every, pool, shown, examples):
         raise ValueError(f"examples={examples}: expected the number of training examples")
 
 
-def _all_finite(tensors):
+def _global_batch(x):
+    """How many examples all replicas have."""
+    batch = tf.shape(tf.nest.flatten(x)[0])[0]
+    if step.replicas() == 1:
+        return batch
+    return tf.distribute.get_replica_context().all_reduce("SUM", batch)
+
+
+def _all_finite(gradients):
     """Whether all are finite, on all replicas."""
-    wrong = tf.add_n([tf.math.count_nonzero(~tf.math.is_finite(t)) for t in tensors])
+    values = [getattr(g, "values", g) for g in gradients if g is not None]  # dense or sparse
+    wrong = tf.add_n([tf.math.count_nonzero(~tf.math.is_finite(v)) for v in values])
     if step.replicas() > 1:
         wrong = tf.distribute.get_replica_context().all_reduce("SUM", wrong)
     return tf.equal(wrong, 0)

@@ -19,6 +19,8 @@ import tensorflow as tf
 from tf_gsnr.gradients import losses
 from tf_gsnr.moments import Moments
 
+LARGEST_SCALE = 2.0**40  # by which gradients are multiplied while their squares are summed
+
 
 class Found(NamedTuple):
     """What either way of a step finds, before anything is assigned.
@@ -85,7 +87,8 @@ def measured(model, measure, network, state, x, y, sample_weight) -> Found:
     batch = tf.shape(tf.nest.flatten(x)[0])[0]
     n = tf.cast(tf.maximum(batch, 1), tf.float32)
     scale = loss_scale(model.optimizer)
-    factor = None if scale is None else scale / n  # as small as the plain step's, lest it overflow
+    # As small as in the plain step, lest gradients overflow; and their squares must not either.
+    factor = None if scale is None else tf.minimum(scale, LARGEST_SCALE) / n
     names = getattr(network, "output_names", None)
     weights = example_weights(model.loss, shadow.predictions, sample_weight, batch, factor, names)
     found = measure(x, y, sample_weight=weights)
@@ -98,9 +101,8 @@ def measured(model, measure, network, state, x, y, sample_weight) -> Found:
             # by one, where squaring or clipping a dense one would add them first.
             gradients.append(like)
             continue
-        gradient = (
-            mean / replicas() if scale is None else mean * tf.cast(n / replicas(), mean.dtype)
-        )
+        gradient = mean if scale is None else mean * tf.cast(scale / factor, mean.dtype)
+        gradient /= replicas()
         if of_penalty is not None and of_penalty[index] is not None:
             gradient += tf.convert_to_tensor(of_penalty[index])
         gradients.append(tf.cast(gradient, like.dtype))
