@@ -47,9 +47,9 @@ def explain(model: keras.Model) -> Table:
 
     >>> import keras, tf_gsnr
     >>> model = keras.Sequential([keras.Input([4]), keras.layers.Dense(3, name="hidden")])
-    >>> print(tf_gsnr.explain(model))
-    layer   class  parameters  route
-    hidden  Dense  15          dense
+    >>> (row,) = tf_gsnr.explain(model)  # print it for the whole table
+    >>> row["class"], row["parameters"], row["route"]
+    ('Dense', 15, 'dense')
     """
     contract.check_model(model)
     table = Table()
