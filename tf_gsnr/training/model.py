@@ -163,8 +163,10 @@ class GSNRModel(keras.Model):
             if steps is None:
                 steps = 0 if self._meter is None else int(self._meter.steps.numpy())
             self._way = "measured" if steps % self.measure_every == 0 else "plain"
+            hidden = self._without_meter() if self._way == "plain" else contextlib.nullcontext()
             try:
-                logs = ways[self._way](iterator)  # when it is first called, it is traced
+                with hidden:
+                    logs = ways[self._way](iterator)  # when it is first called, it is traced
             finally:
                 way, self._way = self._way, "either"
             steps += 1
@@ -179,8 +181,7 @@ class GSNRModel(keras.Model):
         meter = self._prepared(data)
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
         if self._way == "plain":
-            with self._without_meter():
-                logs = super().train_step(data)
+            logs = super().train_step(data)
             meter.advance(_global_batch(x))
             return logs
         of_loss = [v for metric in self._compile_loss.metrics for v in metric.variables]
@@ -229,17 +230,19 @@ class GSNRModel(keras.Model):
 
         distributed.where(due, update, found.moments)
 
-    def test_step(self, data):
-        with self._without_meter():
-            return super().test_step(data)
-
     def evaluate(self, *args, **kwargs):
         """As `keras.Model.evaluate`, without the numbers that only training has."""
         with self._without_meter():
             return super().evaluate(*args, **kwargs)
 
+    def test_on_batch(self, *args, **kwargs):
+        """As `keras.Model.test_on_batch`."""
+        with self._without_meter():
+            return super().test_on_batch(*args, **kwargs)
+
     @contextlib.contextmanager
     def _without_meter(self):
+        # Never within a step: the replicas' threads would leave each other's.
         before, self._evaluating = self._evaluating, True
         try:
             yield
