@@ -2,7 +2,8 @@
 
     python benchmarks/peers.py --torch_python PATH/TO/ENVIRONMENT/bin/python
 
-The same network, weights and data for all; each method in a process of its own, which take turns.
+The same network, weights and data for all; each method in a process of its own, which take turns
+of several runs each, so that caches and pages are warm as they are in training.
 PyTorch's environment is made from benchmarks/requirements-peers.txt. Prints, per method, the median
 time, the peak memory of its process and how far its mean and variance are from ours.
 """
@@ -53,7 +54,7 @@ def serve(name, path):
     import keras
     import networks
     import tensorflow as tf
-    from memory import peak_mib
+    from resources import peak_mib, steady
 
     from tf_gsnr.gradients import layerwise
     from tf_gsnr.gradients.losses import per_example_loss
@@ -90,10 +91,7 @@ def serve(name, path):
     for line in sys.stdin:
         if line.strip() == "end":
             break
-        once()  # an idle process finds cold caches and reclaimed pages; that is not the method's
-        start = time.perf_counter()
-        once()
-        print(time.perf_counter() - start, flush=True)
+        print(steady(once), flush=True)
     mean, m2 = once()
     arrays = {f"mean{j:02d}": v for j, v in enumerate(mean)}
     np.savez(f"{path}.{name}.npz", **arrays, **{f"m2{j:02d}": v for j, v in enumerate(m2)})

@@ -2,18 +2,18 @@
 
     python peers_torch.py METHOD FILE.npz
 
-Reads a line per round from standard input and answers with the seconds of one run; on "end" it
-writes its moments beside FILE and answers with its peak memory in MiB. Index letters: n example.
+Reads a line per round from standard input and answers with the seconds of one run (see `steady`);
+on "end" it writes its moments beside FILE and answers with its peak memory in MiB.
+Index letters: n example.
 """
 
 import copy
 import sys
-import time
 
 import numpy as np
 import torch
 from layouts import to_torch
-from memory import peak_mib
+from resources import peak_mib, steady
 from torch import nn
 
 
@@ -118,10 +118,8 @@ def main():
     for line in sys.stdin:
         if line.strip() == "end":
             break
-        run()  # an idle process finds cold caches and reclaimed pages; that is not the method's
-        start = time.perf_counter()
-        found = run()
-        print(time.perf_counter() - start, flush=True)
+        print(steady(run), flush=True)
+    found = run()
     mean, m2 = found
     arrays = {f"mean{j:02d}": v.detach().numpy() for j, v in enumerate(mean)}
     arrays.update({f"m2{j:02d}": v.detach().numpy() for j, v in enumerate(m2)})
