@@ -7,9 +7,9 @@ and variance of every parameter); "x" is the ratio to the plain gradient. Memory
 process of its own that does nothing else, less that of one that only builds the model.
 
 What the layer-wise engine adds for a dense layer is one more product and three passes over its
-parameters; half of the latter's time goes to pages that glibc hands back to the system between
-steps. MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=1073741824 in the environment keeps
-them, which makes both this and the plain step faster (the multilayer perceptron: 22 ms to 16).
+parameters. Part of the passes' time seems to go to memory that is handed back to the system between
+steps: with MALLOC_MMAP_THRESHOLD_, MALLOC_TRIM_THRESHOLD_ and MALLOC_TOP_PAD_ set to 1073741824 in
+the environment both this and the plain step were faster (the multilayer perceptron: 22 ms to 16).
 """
 
 from __future__ import annotations

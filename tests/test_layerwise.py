@@ -64,10 +64,14 @@ def test_layerwise_engine_is_right(name, dtype, truths, monkeypatch):
 
 
 # The reference engine needs minutes to trace a recurrent layer.
-@pytest.mark.parametrize("name", [name for name in zoo.ZOO if name not in RECURRENT])
-def test_reference_engine_is_right(name, truths):
-    model, x, y = zoo.make(name, "float32")
-    check(measured("vectorized", model, x, y).moments, model, truths(name), "float32")
+REFERENCE = [(name, "float64") for name in zoo.ZOO if name not in RECURRENT]
+REFERENCE += [(name, "float32") for name in ("mlp", "conv2d", "transposed", "attention", "shared")]
+
+
+@pytest.mark.parametrize("name, dtype", REFERENCE)
+def test_reference_engine_is_right(name, dtype, truths):
+    model, x, y = zoo.make(name, dtype)
+    check(measured("vectorized", model, x, y).moments, model, truths(name), dtype)
 
 
 @pytest.mark.parametrize("layer", ["Conv1D", "Conv2D", "Conv3D", "DepthwiseConv2D", "BatchNorm"])
