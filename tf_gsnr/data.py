@@ -6,6 +6,9 @@ Index letters: n example.
 from __future__ import annotations
 
 import logging
+import socket
+import threading
+import urllib.request
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -138,6 +141,23 @@ def from_tfds(name: str, data_dir: str | None = None) -> Source:
     )
 
 
+def _has_network(seconds: float = 10) -> bool:
+    """Whether the host that TensorFlow Datasets asks first can be found, or a proxy is set."""
+    found = threading.Event()
+
+    def look_up():
+        try:
+            socket.getaddrinfo("storage.googleapis.com", 443)
+            found.set()
+        except OSError:
+            pass
+
+    thread = threading.Thread(target=look_up, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return found.is_set() or bool(urllib.request.getproxies())
+
+
 def _read_tfds(name, data_dir):
     import tensorflow_datasets as tfds  # slow to import, and the toy data do without
 
@@ -148,17 +168,21 @@ def _read_tfds(name, data_dir):
             f"unknown dataset {name!r}; available: toy, mnist, cifar10, or any "
             "image-classification data set of TensorFlow Datasets (https://www.tensorflow.org/datasets/catalog)"
         ) from None
-    if not builder.is_prepared():
+    there = builder.is_prepared()
+    if not there:
         progress.say(f"{name} is not in {builder.data_dir}: downloading it")
     retries = logging.getLogger("urllib3")
     level = retries.level
     try:
-        retries.setLevel(logging.ERROR)  # without a network TFDS tries for a minute or two
+        retries.setLevel(logging.ERROR)
+        if not there and not _has_network():  # where TFDS would try again for minutes
+            raise ConnectionError("no network")
         builder.download_and_prepare()
     except Exception as error:  # TFDS lets network, disk and checksum errors through as they are
+        reason = f"{type(error).__name__}: {error}".splitlines()[0][:100]
         raise ValueError(
             f"dataset {name!r} is not in data_dir={str(builder.data_dir)!r} and could not be "
-            f"downloaded ({type(error).__name__}). Pass --data_dir=DIR with DIR/{name}/"
+            f"downloaded ({reason}). Pass --data_dir=DIR with DIR/{name}/"
             f"{builder.version}/ prepared by TFDS, or, on a machine with a network, run once: "
             f'python -c "import tensorflow_datasets as tfds; tfds.load({name!r})"'
         ) from None
