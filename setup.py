@@ -28,7 +28,7 @@ setup(
         "importlib_resources",
     ],
     extras_require={
-        "test": ["pytest"],
+        "test": ["pytest", "tensorboard"],
         "tensorboard": ["tensorboard"],
         "gpu": ["tensorflow[and-cuda]"],
         "dev": ["build", "ruff"],
