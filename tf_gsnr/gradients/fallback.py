@@ -40,7 +40,7 @@ def _one_example(call):
     flat = tf.nest.flatten(arguments)
     rows = call.n * call.fold
     split = [i for i, v in enumerate(flat) if _has_rows(v, rows)]
-    outputs, dz = tf.nest.flatten(call.output), tf.nest.flatten(call.dz)
+    dz = tf.nest.flatten(call.dz)
     used = [i for i, g in enumerate(dz) if g is not None]
     values = [tf.convert_to_tensor(v.value) for v in call.unit.variables]
     elements = (
@@ -48,15 +48,12 @@ def _one_example(call):
         [_rows_of_examples(flat[i], call) for i in split],
         [_rows_of_examples(dz[i], call) for i in used],
     )
-    del outputs
 
     def one(element):
         n, inputs, gradients = element
         mine = list(flat)
         for i, v in zip(split, inputs):
             mine[i] = v
-            mask = getattr(flat[i], "_keras_mask", None)
-            del mask
         args, kwargs = tf.nest.pack_sequence_as(arguments, mine)
         # Adding 0 n marks the seed as varying with n: see converters.py.
         seeds = [(v, s + tf.cast(0 * n, s.dtype)) for v, s in call.seeds]
