@@ -19,6 +19,7 @@ import tensorflow as tf
 
 from tf_gsnr import gradients, metrics, models
 from tf_gsnr.experiments import descent
+from tf_gsnr.experiments.settings import POSITIVE, at_least, complete
 
 GRID = ("repeats",)
 
@@ -46,20 +47,10 @@ def settings(**given) -> Settings:
     Raises:
       ValueError: a value that no run can have.
     """
-    given = {name: value for name, value in given.items() if value not in (None, [])}
-    for name in ("n", "width"):  # the command line's grids; here there is one value
-        if isinstance(given.get(name), list):
-            if len(given[name]) != 1:
-                raise ValueError(f"--{name}={given[name]}: freezing takes one value")
-            given[name] = given[name][0]
-    chosen = Settings(**given)
+    numbers = ("width", "steps", "every", "repeats", "learning_rate", "initial_scale")
+    chosen = complete(Settings, given, {}, n=at_least(2), **dict.fromkeys(numbers, POSITIVE))
     if chosen.dataset != "toy":
         raise ValueError(f"--dataset={chosen.dataset}: freezing runs on toy data")
-    for name in ("width", "steps", "every", "repeats", "learning_rate", "initial_scale"):
-        if getattr(chosen, name) <= 0:
-            raise ValueError(f"--{name}={getattr(chosen, name)}: expected a positive number")
-    if chosen.n < 2:
-        raise ValueError(f"--n={chosen.n}: expected at least 2")
     return chosen
 
 

@@ -21,6 +21,7 @@ import tensorflow as tf
 
 from tf_gsnr import data, gradients, metrics, models
 from tf_gsnr.experiments import descent
+from tf_gsnr.experiments.settings import POSITIVE, PROBABILITY, at_least, complete
 
 GRID = ("n", "p_random", "width", "epochs")
 
@@ -77,22 +78,22 @@ def settings(**given) -> Settings:
     Raises:
       ValueError: a value that no run can have.
     """
-    given = {name: value for name, value in given.items() if value not in (None, [])}
-    dataset = given.get("dataset", "mnist")
     # The default test_size None is the whole test set: 10,000 on MNIST, 20,000 on toy data [text].
     ours = dict(test_size=None, batch_size=500, toy_input_scale=1.0, toy_noise_scale=0.01, seed=0)
-    chosen = Settings(**{**PAPER.get(dataset, PAPER["mnist"]), **ours, **given, "dataset": dataset})
-    for name in ("n", "width", "epochs"):
-        low = {"n": 2, "width": 1, "epochs": 0}[name]
-        for value in getattr(chosen, name):
-            if value < low:
-                raise ValueError(f"--{name}={value}: expected at least {low}")
-    for value in chosen.p_random:
-        if not 0 <= value <= 1:
-            raise ValueError(f"--p_random={value}: expected a probability, 0 to 1")
-    for name, low in (("training_sets", 1), ("learning_rate", 0), ("batch_size", 1)):
-        if getattr(chosen, name) <= 0 or getattr(chosen, name) < low:
-            raise ValueError(f"--{name}={getattr(chosen, name)}: expected a positive number")
+    dataset = given.get("dataset") or "mnist"
+    chosen = complete(
+        Settings,
+        given,
+        {**PAPER.get(dataset, PAPER["mnist"]), **ours, "dataset": dataset},
+        n=at_least(2),
+        p_random=PROBABILITY,
+        width=at_least(1),
+        epochs=at_least(0),
+        training_sets=at_least(1),
+        learning_rate=POSITIVE,
+        batch_size=at_least(1),
+        test_size=at_least(1),
+    )
     return chosen._replace(epochs=sorted(set(chosen.epochs)))
 
 

@@ -4,6 +4,7 @@ To each experiment belongs a module here with
     summary(records) -> dict, what the records add up to
     table(records) -> str, the same for a terminal
     figure(records) -> matplotlib figure
+    claims(records) -> list of `claims.Claim`, the rows of RESULTS.md
 and a line in `FIGURES`.
 """
 
