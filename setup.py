@@ -28,7 +28,8 @@ setup(
         "importlib_resources",
     ],
     extras_require={
-        "test": ["pytest", "tensorboard"],
+        # pytest-xdist: tracing keeps one core busy, and there are two.
+        "test": ["pytest", "pytest-xdist", "tensorboard"],
         "tensorboard": ["tensorboard"],
         "gpu": ["tensorflow[and-cuda]"],
         "dev": ["build", "ruff"],

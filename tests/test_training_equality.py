@@ -153,6 +153,11 @@ CASES = {
         ARRAYS,
     ),
     "steps_per_execution": (mlp, lambda: compiled(steps_per_execution=3), ARRAYS),
+    "XLA": (
+        mlp,
+        lambda: compiled(jit_compile=True),  # one shape, as each is compiled
+        dict(x=X[:40], y=LABELS[:40], batch_size=BATCH, epochs=1),
+    ),
     "eager": (mlp, lambda: compiled(run_eagerly=True), dict(ARRAYS, epochs=1)),
     "penalties": (penalised, compiled, ARRAYS),
     "sum": (mlp, lambda: compiled(loss=CROSSENTROPY(from_logits=True, reduction="sum")), ARRAYS),
@@ -186,7 +191,7 @@ CASES = {
 }
 ALL_SHOWN = ("dropout", "two outputs")
 IN_GRAPH = ("masked", "two outputs", "embedding and Adam", "loss scale", "batch norm", "float16")
-EVERY_STEP = ("tf.data", "PyDataset", "generator", "class weights", "clipvalue", "sum")
+EVERY_STEP = ("tf.data", "PyDataset", "generator", "class weights", "clipvalue", "sum", "XLA")
 
 
 def trained(case, measure_every):
