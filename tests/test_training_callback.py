@@ -56,9 +56,13 @@ def test_logs_are_the_moments_of_the_probe_set(tmp_path):
     record = tf_gsnr.summarize(tf_gsnr.gradient_moments(model, X, LABELS, sign_counts=True), model)
     assert math.isnan(history["gsnr/mean"][0])
     assert history["gsnr/mean"][1] == history["gsnr/mean"][2]  # the last number stays
-    for name, value in record.items():
-        name = name if name.startswith("gsnr") else f"gsnr/{name}"
-        np.testing.assert_allclose(history[name][-1], value, err_msg=name)
+    names = {"same_sign/mean": "gsnr/same_sign", "noise_scale": "gsnr/noise_scale"}
+    names |= {k: k for k in record if k.startswith("gsnr/")}
+    for name, logged in names.items():
+        np.testing.assert_allclose(history[logged][-1], record[name], err_msg=name)
+    shares = [k for k in record if k.startswith("gap_share/")]
+    assert shares and {f"gsnr/{k}" for k in shares} <= set(history)
+    assert not {"gsnr/count", "gsnr/parameters"} & set(history)
     assert "gsnr/mean" in log.read_text().splitlines()[0].split(",")
 
 

@@ -28,7 +28,7 @@ class GSNRCallback(keras.callbacks.Callback):
 
         gsnr/mean, gsnr/median, gsnr/p95         GSNR of the parameters (25)
         gsnr_corrected/mean, .../median          free of the bias 1/n of a probe set of n examples
-        gsnr/same_sign, gsnr/noise_scale, gsnr/osgr_predicted, gsnr/dead, ...    see `summarize`
+        gsnr/same_sign, gsnr/noise_scale, gsnr/osgr_predicted, gsnr/dead         see `summarize`
 
     With `test_data` also, for one step of the real optimiser at each measurement, by the losses
     before and after it:
@@ -117,7 +117,7 @@ class GSNRCallback(keras.callbacks.Callback):
         self._directory = self._writer = self._losses = None
         self._step = 0  # steps done since the start of all training
         self._latest = {}
-        self._before = None  # (moments, probe loss, test loss) before the step that is measured
+        self._before = None  # (moments, record, probe loss, test loss) before the measured step
         self._decreases = []  # of the (test, probe) loss in this epoch's measured steps
         self._growth = 0.0  # predicted, per step
         self._gap_predicted = 0.0
@@ -147,9 +147,9 @@ class GSNRCallback(keras.callbacks.Callback):
     def on_train_batch_begin(self, batch, logs=None):
         due = self._due_step(self._step)
         if due or self._epoch_step:
-            moments = self._measure(record=due and self._test is None)
+            found = self._measure(record=due and self._test is None)
             if self._test is not None:
-                self._before = (moments, *self._both_losses())
+                self._before = (*found, *self._both_losses())
         self._epoch_step = False
         self._batch = batch
 
@@ -188,13 +188,11 @@ class GSNRCallback(keras.callbacks.Callback):
             tensorboard.write_tensorboard(
                 self._writer, moments, self.model, self._step, record=found
             )
-        return moments
+        return moments, found
 
     def _is_logged(self, name):
-        detailed = name.startswith("gap_share/") or (
-            name.startswith("gsnr/") and name not in ("gsnr/mean", "gsnr/median", "gsnr/p95")
-        )
-        return self._per_layer or not detailed
+        of_a_layer = name.startswith(("gsnr/", "gap_share/"))
+        return name in _LOGGED or self._per_layer and of_a_layer
 
     def _both_losses(self):
         size = self._batch_size
@@ -202,24 +200,27 @@ class GSNRCallback(keras.callbacks.Callback):
 
     def _after(self, steps):
         """What the step that was just made did to the losses."""
-        moments, probe_before, test_before = self._before
+        moments, found, probe_before, test_before = self._before
         self._before = None
         probe_loss, test_loss = self._both_losses()
         self._decreases.append((test_before - test_loss, probe_before - probe_loss))
-        self._latest |= {
-            "gsnr/osgr_measured": ratio_of_sums(*zip(*self._decreases))[0],
-            "gsnr/gap": test_loss - probe_loss,
+        measured = {
+            "osgr_measured": ratio_of_sums(*zip(*self._decreases))[0],
+            "gap": test_loss - probe_loss,
         }
+        self._latest |= {_log_name(name): value for name, value in measured.items()}
         growth = math.nan
         if gap.supported(self.model.optimizer):
             growth = probe.predicted_growth(moments, self.model.optimizer, self._examples)
         self._growth = growth
         self._record(
-            {k.removeprefix("gsnr/") if k not in _KEPT else k: v for k, v in self._latest.items()}
+            found
+            | measured
             | {
                 "step_probe_decrease": probe_before - probe_loss,
                 "step_test_decrease": test_before - test_loss,
                 "step_gap_growth_predicted": steps * growth,
+                "gap_predicted": self._gap_predicted + steps * growth,
             }
         )
 
@@ -261,10 +262,21 @@ _OPTIONS = (
     "jit_compile",
     "dtype",
 )
-_KEPT = ("gsnr/mean", "gsnr/median", "gsnr/p95")  # their names in a record as well
+_LOGGED = (  # all that is measured would bury the loss in the progress bar
+    "gsnr/mean",
+    "gsnr/median",
+    "gsnr/p95",
+    "gsnr_corrected/mean",
+    "gsnr_corrected/median",
+    "same_sign/mean",
+    "noise_scale",
+    "osgr_predicted",
+    "dead",
+)
 
 
 def _log_name(name):
+    name = "same_sign" if name == "same_sign/mean" else name
     return name if name.startswith("gsnr") else f"gsnr/{name}"
 
 
