@@ -100,9 +100,14 @@ def free_ports(n):
 def test_refuses_strategies():
     model = keras.Sequential([keras.Input([2]), keras.layers.Dense(1)])
     x = np.zeros([4, 2], np.float32)
+    central = tf.distribute.experimental.CentralStorageStrategy()
     with pytest.raises(ValueError, match="unsupported; available: MirroredStrategy"):
-        central = tf.distribute.experimental.CentralStorageStrategy()
         tf_gsnr.gradient_moments(model, x, x[:, :1], "mse", strategy=central)
+    with pytest.raises(ValueError, match="CentralStorageStrategy: unsupported; available: Mirr"):
+        with central.scope():
+            wrapped = tf_gsnr.GSNRModel(keras.Sequential([keras.layers.Dense(1)]))
+            wrapped.compile("sgd", "mse")
+            wrapped.fit(x, x[:, :1], verbose=0)
     with pytest.raises(ValueError, match="strategy.scope"):
         one = tf.distribute.OneDeviceStrategy("CPU:0")
         tf_gsnr.gradient_moments(model, x, x[:, :1], "mse", strategy=one)

@@ -139,6 +139,7 @@ class GSNRModel(keras.Model):
 
     def fit(self, x=None, y=None, *args, **kwargs):
         """As `keras.Model.fit`."""
+        distributed.check_fit(self.distribute_strategy)
         if self.fixed_examples is None:
             known = y is not None  # so x and y are arrays
             self._told = _length(x, kwargs.get("validation_split") or 0.0) if known else 0
