@@ -36,9 +36,10 @@ def check_strategy(strategy, model):
 
 def check_fit(strategy):
     """Raises ValueError unless Keras's `fit` runs under `strategy`, and replicas hold all of it."""
-    default = type(strategy) is tf.distribute.Strategy
+    with strategy.scope():
+        chosen = tf.distribute.has_strategy()  # not so for TensorFlow's default one
     kinds = (tf.distribute.MirroredStrategy, tf.distribute.OneDeviceStrategy)
-    if not default and not isinstance(strategy, kinds):
+    if chosen and not isinstance(strategy, kinds):
         raise ValueError(
             f"fit under {type(strategy).__name__}: unsupported; available: MirroredStrategy, "
             "OneDeviceStrategy. Keras 3's own fit does not run on several processes: use "
