@@ -222,7 +222,7 @@ def run(argv):
         raise ValueError(f"--shard={FLAGS.shard}: there are {len(configurations)} configurations")
     options = dict(input_scale=FLAGS.toy_input_scale, noise_scale=FLAGS.toy_noise_scale)
     source = data.load(FLAGS.dataset, FLAGS.data_dir, **options)
-    sizes = getattr(settings, "n", 0)
+    sizes = getattr(settings, "n", None) or 0
     largest = max(sizes) if isinstance(sizes, list) else sizes
     if source.pool is not None and largest > source.pool:
         raise ValueError(f"--n={largest}: {source.name} has {source.pool} training examples")

@@ -165,6 +165,8 @@ def _merge(a: Run, b: Run) -> Run:
 
 def _union(a, b):
     """Of two lists; of two numbers (how many of something the grid has) the larger."""
+    if a == b:
+        return a
     return sorted({*a, *b}) if isinstance(a, list) else max(a, b)
 
 
