@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tf_gsnr import progress
+from tf_gsnr import lookup, progress
 
 
 class Source(NamedTuple):
@@ -45,9 +45,11 @@ def load(name: str, data_dir: str | None = None, **options) -> Source:
     """Opens a data set.
 
     Args:
-      name: "toy" (generated, see `toy`), or the name of an image-classification data set of
-        TensorFlow Datasets, such as "mnist" or "cifar10".
-      data_dir: where TFDS keeps its data; None for its own default. Missing data are downloaded.
+      name: "toy" (generated, see `toy`), the name of an image-classification data set of
+        TensorFlow Datasets, such as "mnist" or "cifar10", or `module:function`, a function of your
+        own (see `from_function`).
+      data_dir: where TFDS keeps its data; None for its own default. Missing data are downloaded. A
+        function of your own is given it as it is.
       **options: of `toy`.
 
     Raises:
@@ -61,7 +63,9 @@ def load(name: str, data_dir: str | None = None, **options) -> Source:
     >>> x.shape, y.shape
     ((5, 2), (5, 1))
     """
-    return toy(**options) if name == "toy" else from_tfds(name, data_dir)
+    if name == "toy":
+        return toy(**options)
+    return (from_function if lookup.is_reference(name) else from_tfds)(name, data_dir)
 
 
 def randomise(y, probability: float, source: Source, rng: np.random.Generator):
@@ -101,9 +105,104 @@ def toy(input_scale: float = 1.0, noise_scale: float = 0.01) -> Source:
     )
 
 
-def from_tfds(name: str, data_dir: str | None = None) -> Source:
-    """An image-classification data set of TensorFlow Datasets; pixels are scaled to 0..1."""
-    (train_x, train_y), (test_x, test_y), classes = _read_tfds(name, data_dir)
+def from_arrays(train, test, *, name: str = "arrays", classes: int | None = None) -> Source:
+    """A data set held in memory: a classification, or a regression.
+
+    Args:
+      train, test: `(x, y)` each. x `[examples, ...]`: uint8 is taken for pixels, which are scaled
+        to 0..1 when they are drawn; any other number is taken as it is. y: class numbers, integers
+        `[examples]` from 0 on, or a regression's float targets, `[examples]` or
+        `[examples, targets]`.
+      name: what errors and records call it.
+      classes: how many there are; default: as many as the labels name.
+
+    Raises:
+      ValueError: arrays that do not fit each other, labels out of range, NaN or infinity.
+
+    Example:
+
+    >>> x, y = np.zeros([10, 8, 8, 1], np.uint8), np.arange(10) % 2
+    >>> source = from_arrays((x, y), (x[:4], y[:4]))
+    >>> source.input_shape, source.classes, source.pool
+    ((8, 8, 1), 2, 10)
+    """
+    (train_x, train_y), (test_x, test_y) = (
+        _checked(name, split, *pair) for split, pair in (("train", train), ("test", test))
+    )
+    for what, a, b in (
+        ("x has the shape", train_x.shape[1:], test_x.shape[1:]),
+        ("y has the shape", train_y.shape[1:], test_y.shape[1:]),
+        ("y is a number of kind", train_y.dtype.kind, test_y.dtype.kind),
+    ):
+        if a != b:
+            raise ValueError(f"{name}: an example's {what} {a} in train and {b} in test")
+    regression = train_y.dtype.kind == "f"
+    if not regression:
+        classes = classes or int(max(train_y.max(), test_y.max())) + 1
+        _check_labels(name, train_y, test_y, classes)
+
+    def scaled(x):
+        return x.astype(np.float32) / 255 if x.dtype == np.uint8 else x.astype(np.float32)
+
+    def draw(n, rng):
+        if n > len(train_y):
+            raise ValueError(f"n={n}: {name} has {len(train_y)} training examples")
+        rows = rng.choice(len(train_y), n, replace=False)
+        return scaled(train_x[rows]), train_y[rows]
+
+    def whole_or_part(n, rng):
+        if n is None or n == len(test_y):
+            return scaled(test_x), test_y
+        if n > len(test_y):
+            raise ValueError(f"test_size={n}: {name} has {len(test_y)} test examples")
+        rows = rng.choice(len(test_y), n, replace=False)
+        return scaled(test_x[rows]), test_y[rows]
+
+    def draw_labels(n, rng):
+        return (
+            train_y[rng.integers(0, len(train_y), n)] if regression else rng.integers(0, classes, n)
+        )
+
+    return Source(
+        name=name,
+        input_shape=train_x.shape[1:],
+        outputs=train_y.shape[1] if regression else classes,
+        classes=None if regression else classes,
+        pool=len(train_y),
+        draw=draw,
+        test=whole_or_part,
+        draw_labels=draw_labels,
+    )
+
+
+def _checked(name, split, x, y):
+    """The arrays of one split, each in the form that `from_arrays` keeps."""
+    x, y = np.asarray(x), np.asarray(y)
+    if x.dtype.kind not in "buif" or y.dtype.kind not in "buif":
+        raise ValueError(f"{name}: {split} x is {x.dtype} and y is {y.dtype}; expected numbers")
+    if x.ndim < 2 or len(x) != len(y) or len(y) < 2:
+        raise ValueError(
+            f"{name}: {split} x has the shape {x.shape} and y {y.shape}; expected "
+            "[examples, ...] and as many targets, two at least"
+        )
+    for letter, values in (("x", x), ("y", y)):
+        if not np.isfinite(values).all():
+            raise ValueError(f"{name}: {split} {letter} holds NaN or infinity")
+    if y.dtype.kind == "f":
+        y = y.astype(np.float32).reshape(len(y), -1)
+        if y.shape[1] > 1 and (np.sort(y) == np.eye(1, y.shape[1], y.shape[1] - 1)).all():
+            raise ValueError(f"{name}: {split} y is one-hot; expected class numbers, y.argmax(1)")
+    elif y.shape != (len(x),):
+        raise ValueError(
+            f"{name}: {split} y has the shape {y.shape} and is {y.dtype}; expected class numbers "
+            f"({len(x)},), or float targets of a regression"
+        )
+    else:
+        y = y.astype(np.int64)
+    return x, y
+
+
+def _check_labels(name, train_y, test_y, classes):
     for split, labels in (("train", train_y), ("test", test_y)):
         wrong = np.flatnonzero((labels < 0) | (labels >= classes))
         if len(wrong):
@@ -112,33 +211,31 @@ def from_tfds(name: str, data_dir: str | None = None) -> Source:
                 f"expected 0 to {classes - 1}"
             )
 
-    def scaled(x):
-        return x.astype(np.float32) / 255
 
-    def draw(n, rng):
-        if n > len(train_y):
-            raise ValueError(f"n={n}: {name} has {len(train_y)} training examples")
-        rows = rng.choice(len(train_y), n, replace=False)
-        return scaled(train_x[rows]), train_y[rows]
+def from_function(reference: str, data_dir: str | None = None) -> Source:
+    """A user's data set: `module:function`, a function `(data_dir) -> Source`, or `-> ((x_train,
+    y_train), (x_test, y_test))`, from which `from_arrays` makes one.
 
-    def test(n, rng):
-        if n is None or n == len(test_y):
-            return scaled(test_x), test_y
-        if n > len(test_y):
-            raise ValueError(f"test_size={n}: {name} has {len(test_y)} test examples")
-        rows = rng.choice(len(test_y), n, replace=False)
-        return scaled(test_x[rows]), test_y[rows]
+    Raises:
+      ValueError: no such function, or one that returns something else.
+    """
+    found = lookup.function("dataset", reference, ("data_dir",))(data_dir)
+    if isinstance(found, Source):
+        return found
+    try:
+        (train_x, train_y), (test_x, test_y) = found
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"--dataset={reference}: it returned {type(found).__name__}; expected "
+            "((x_train, y_train), (x_test, y_test)) or a tf_gsnr.data.Source"
+        ) from None
+    return from_arrays((train_x, train_y), (test_x, test_y), name=f"--dataset={reference}")
 
-    return Source(
-        name=name,
-        input_shape=train_x.shape[1:],
-        outputs=classes,
-        classes=classes,
-        pool=len(train_y),
-        draw=draw,
-        test=test,
-        draw_labels=lambda n, rng: rng.integers(0, classes, n),
-    )
+
+def from_tfds(name: str, data_dir: str | None = None) -> Source:
+    """An image-classification data set of TensorFlow Datasets; pixels are scaled to 0..1."""
+    train, test, classes = _read_tfds(name, data_dir)
+    return from_arrays(train, test, name=name, classes=classes)
 
 
 def _has_network(seconds: float = 10) -> bool:
@@ -165,9 +262,16 @@ def _read_tfds(name, data_dir):
         builder = tfds.builder(name, data_dir=data_dir)
     except tfds.core.DatasetNotFoundError:
         raise ValueError(
-            f"unknown dataset {name!r}; available: toy, mnist, cifar10, or any "
-            "image-classification data set of TensorFlow Datasets (https://www.tensorflow.org/datasets/catalog)"
+            f"unknown dataset {name!r}; available: toy, mnist, cifar10, any image-classification "
+            "data set of TensorFlow Datasets (https://www.tensorflow.org/datasets/catalog), or "
+            "module:function, a function (data_dir) -> ((x_train, y_train), (x_test, y_test))"
         ) from None
+    features = builder.info.features
+    if builder.info.supervised_keys != ("image", "label") or None in features["image"].shape:
+        raise ValueError(
+            f"dataset {name!r} has the features {dict(features)}; expected an image, of one size "
+            "for all examples, and a label"
+        )
     there = builder.is_prepared()
     if not there:
         progress.say(f"{name} is not in {builder.data_dir}: downloading it")
@@ -188,11 +292,9 @@ def _read_tfds(name, data_dir):
         ) from None
     finally:
         retries.setLevel(level)
-    features = builder.info.features
-    if builder.info.supervised_keys != ("image", "label") or "test" not in builder.info.splits:
+    if not {"train", "test"} <= set(builder.info.splits):
         raise ValueError(
-            f"dataset {name!r} has the features {list(features)} and the splits "
-            f"{list(builder.info.splits)}; expected an image, a label, a train and a test split"
+            f"dataset {name!r} has the splits {list(builder.info.splits)}; expected train and test"
         )
     splits = []
     for split in ("train", "test"):

@@ -27,6 +27,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 from absl import app, flags, logging  # noqa: E402
 
 from tf_gsnr import __version__, plots, progress, records  # noqa: E402
+from tf_gsnr.experiments import EXPERIMENTS  # noqa: E402
 
 FLAGS = flags.FLAGS
 
@@ -64,13 +65,15 @@ def _define_grid(name, number, help_text):
 flags.DEFINE_string(
     "experiment",
     "osgr",
-    "Which experiment: osgr (figures 4, 9, 11) or freezing (figure 6, table 1).",
+    f"Which experiment: {', '.join(EXPERIMENTS)}, or a module of your own "
+    "(docs/your_own_experiment.md).",
 )
 flags.DEFINE_string(
     "dataset",
     "mnist",
     "toy (generated), mnist, cifar10 or another image-classification data set of TensorFlow "
-    "Datasets.",
+    "Datasets; or module:function, a function of your own, (data_dir) -> ((x_train, y_train), "
+    "(x_test, y_test)).",
 )
 flags.DEFINE_string(
     "data_dir",
@@ -91,7 +94,12 @@ flags.DEFINE_enum(
     ["auto", "true", "false"],
     "Compile with XLA; auto: on an accelerator and not on a CPU.",
 )
-flags.DEFINE_string("model", None, "Which network. Default: the paper's for the data set.")
+flags.DEFINE_string(
+    "model",
+    None,
+    "Which network: a name in tf_gsnr/models.py, or module:function, a function of your own, "
+    "(input_shape, outputs, width) -> keras.Model. Default: the paper's for the data set.",
+)
 _define_grid("n", int, "Training-set sizes.")
 _define_grid("p_random", float, "Probabilities with which a label is replaced by a random one.")
 _define_grid("width", int, "Widths of the network: p of table 2, hidden units on toy data.")
@@ -107,7 +115,10 @@ flags.DEFINE_float("initial_scale", None, "freezing: standard deviation of the i
 flags.DEFINE_float("toy_input_scale", 1.0, "Toy data: inputs are uniform on +- this [ours].")
 flags.DEFINE_float("toy_noise_scale", 0.01, "Toy data: noise is uniform on +- this [ours].")
 flags.DEFINE_string(
-    "shard", None, "i/k: only every k-th configuration from the i-th on (0 <= i < k)."
+    "shard",
+    None,
+    "i/k: only every k-th configuration from the i-th on (0 <= i < k), into <name>-<i>of<k>; "
+    "python -m tf_gsnr.report joins the shards.",
 )
 
 
@@ -136,16 +147,17 @@ def _flag_values(names):
     return values
 
 
-def _shard(configurations):
+def _shard():
+    """Which configurations to run, and what the run directory's name says of it."""
     if FLAGS.shard is None:
-        return configurations
+        return slice(None), ""
     try:
         i, k = map(int, FLAGS.shard.split("/"))
     except ValueError:
         i, k = 0, 0
     if not 0 <= i < k:
         raise ValueError(f"--shard={FLAGS.shard}: expected i/k with 0 <= i < k, such as 0/4")
-    return configurations[i::k]
+    return slice(i, None, k), f"-{i}of{k}"
 
 
 def _environment(engine, jit_compile):
@@ -159,7 +171,9 @@ def _environment(engine, jit_compile):
     ]
     return {
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
-        "flags": _flag_values(f.name for f in FLAGS.get_key_flags_for_module(sys.argv[0])),
+        "flags": _flag_values(
+            f.name for f in FLAGS.get_key_flags_for_module(sys.modules[__name__])
+        ),
         "versions": {
             "tf_gsnr": __version__,
             "tensorflow": tf.__version__,
@@ -168,6 +182,7 @@ def _environment(engine, jit_compile):
             "python": platform.python_version(),
         },
         "devices": devices,
+        "processor": _processor(),
         "cpus": os.cpu_count(),
         "engine": engine,
         "jit_compile": jit_compile,
@@ -175,66 +190,67 @@ def _environment(engine, jit_compile):
     }
 
 
+def _processor():
+    """The processor's name, as Linux tells it, or its architecture."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def _name():
+    return FLAGS.name or f"{FLAGS.experiment}_{FLAGS.dataset}".replace(":", ".").replace("/", "-")
+
+
 def run(argv):
     """Runs the experiment that the flags describe and returns its run directory."""
     if len(argv) > 1:
         raise ValueError(f"unexpected arguments {argv[1:]}: every option is a --flag=value")
     from tf_gsnr import data, experiments, gradients  # imports TensorFlow
+    from tf_gsnr.experiments import runner
 
     experiment = experiments.load(FLAGS.experiment)
     gradients.check_engine_name(FLAGS.engine)
     jit = {"auto": "auto", "true": True, "false": False}[FLAGS.jit_compile]
     jit = gradients.resolve_jit_compile(jit)
     settings = experiment.settings(**_flag_values(experiment.Settings._fields))
-    configurations = _shard(experiment.configurations(settings))
+    configurations = experiment.configurations(settings)
+    part, suffix = _shard()
+    chosen = configurations[part]
+    if not chosen:
+        raise ValueError(f"--shard={FLAGS.shard}: there are {len(configurations)} configurations")
     options = dict(input_scale=FLAGS.toy_input_scale, noise_scale=FLAGS.toy_noise_scale)
     source = data.load(FLAGS.dataset, FLAGS.data_dir, **options)
-    largest = max(settings.n) if isinstance(settings.n, list) else settings.n
+    sizes = getattr(settings, "n", None) or 0
+    largest = max(sizes) if isinstance(sizes, list) else sizes
     if source.pool is not None and largest > source.pool:
         raise ValueError(f"--n={largest}: {source.name} has {source.pool} training examples")
     directory = records.RunDirectory(
-        Path(FLAGS.runs_dir) / (FLAGS.name or f"{FLAGS.experiment}_{FLAGS.dataset}"),
+        Path(FLAGS.runs_dir) / (_name() + suffix),
         settings._asdict() | {"experiment": FLAGS.experiment},
         grown=experiment.GRID,
         overwrite=FLAGS.overwrite,
     )
     directory.write_config(_environment(FLAGS.engine, jit))
+    directory.write_plan(configurations, experiment.epochs(settings), experiment.GRID)
     progress.say(
-        f"{FLAGS.experiment} on {FLAGS.dataset}: {len(configurations)} configurations into "
+        f"{FLAGS.experiment} on {FLAGS.dataset}: {len(chosen)} configurations into "
         f"{directory.path}; engine {FLAGS.engine}, XLA {'on' if jit else 'off'}"
     )
-    _go_through(experiment, configurations, settings, source, directory, jit)
+    options = dict(engine=FLAGS.engine, jit_compile=jit)
+    runner.go_through(experiment, settings, chosen, source, directory, **options)
     return _finish(directory)
-
-
-def _go_through(experiment, configurations, settings, source, directory, jit):
-    """Runs the configurations that are not complete and writes their records."""
-    from tf_gsnr.experiments import Workbench
-
-    works = [experiment.work(c, settings) for c in configurations]
-    bar = progress.Progress(sum(works))
-    bench = Workbench(source, directory, bar, FLAGS.engine, jit, traced={})
-    written = directory.records()
-    for index, (configuration, work) in enumerate(zip(configurations, works)):
-        epochs = {r["epoch"] for r in written if all(r[k] == v for k, v in configuration.items())}
-        if set(experiment.epochs(settings)) <= epochs:
-            bar.skip(work)
-            continue
-        begin = time.monotonic()
-        for record in experiment.run(configuration, settings, bench):
-            if record["epoch"] not in epochs:
-                directory.append(record)
-        text = ", ".join(f"{k}={v}" for k, v in configuration.items())
-        seconds = time.monotonic() - begin
-        bar.say(f"configuration {index + 1} of {len(configurations)}: {text} in {seconds:.0f} s")
 
 
 def _finish(directory):
     """Summary, table and figure of all records of the run."""
     found = directory.records()
-    drawn = plots.FIGURES[FLAGS.experiment]
+    drawn = plots.load(FLAGS.experiment)
     directory.write_json("summary.json", {"experiment": FLAGS.experiment, **drawn.summary(found)})
-    figure = plots.draw(FLAGS.experiment, found, directory.path / "figures")
+    figure = plots.draw(
+        FLAGS.experiment, found, directory.path / "figures" / f"{FLAGS.experiment}.png"
+    )
     print(drawn.table(found))
     print(f"\nrecords: {directory.path / 'records.jsonl'}\nfigure:  {figure}")
     return directory

@@ -1,7 +1,8 @@
 """A run directory: its configuration, its records, its checkpoint. Opens without TensorFlow.
 
     runs/<name>/
-      config.json       every flag, the seed, versions, device, engine, whether XLA compiles
+      config.json       every flag, the seed, versions, device, engine, XLA or not, seconds taken
+      plan.json         the configurations that the whole grid has, and the epochs of each
       records.jsonl     a flat dict of numbers and names a line, appended and flushed one by one
       summary.json      what the records add up to
       checkpoint.npz    the configuration in progress; gone when it is complete
@@ -77,8 +78,29 @@ class RunDirectory:
                 _replace(file, whole)
 
     def write_config(self, environment: dict):
-        """Writes config.json: the settings and what they ran on."""
-        self.write_json("config.json", {"settings": self.settings, **environment})
+        """Writes config.json: the settings and what they ran on; the time taken so far is kept."""
+        try:
+            seconds = read_config(self.path).get("seconds", 0)
+        except FileNotFoundError:
+            seconds = 0
+        config = {"settings": self.settings, **environment, "seconds": seconds}
+        self.write_json("config.json", config)
+
+    def add_seconds(self, seconds: float):
+        """Adds to the time that the run has taken, in config.json."""
+        config = read_config(self.path)
+        self.write_json("config.json", config | {"seconds": config["seconds"] + seconds})
+
+    def write_plan(self, configurations: list[dict], epochs: list, grid=()):
+        """Writes plan.json: what the run will have when it is complete.
+
+        Args:
+          configurations: of the whole grid, whichever of them are run here.
+          epochs: of each configuration's records.
+          grid: the settings that are lists the run goes through.
+        """
+        plan = {"configurations": configurations, "epochs": list(epochs), "grid": list(grid)}
+        _replace(self.path / "plan.json", (json.dumps(_jsonable(plan)) + "\n").encode())
 
     def append(self, record: dict):
         """Appends one record to records.jsonl and flushes it to the disk."""
@@ -115,6 +137,21 @@ class RunDirectory:
 
 def read_config(path) -> dict:
     return json.loads((Path(path) / "config.json").read_text(encoding="utf-8"))
+
+
+def read_plan(path) -> dict:
+    return json.loads((Path(path) / "plan.json").read_text(encoding="utf-8"))
+
+
+def measured_epochs(configuration: dict, records: list[dict]) -> set:
+    """The epochs of the records that a configuration has.
+
+    >>> found = [{"n": 5, "epoch": 0}, {"n": 5, "epoch": 20}, {"n": 9, "epoch": 0}]
+    >>> sorted(measured_epochs({"n": 5}, found))
+    [0, 20]
+    """
+    fields = configuration.items()
+    return {r["epoch"] for r in records if all(r.get(k) == v for k, v in fields)}
 
 
 def read_records(path) -> list[dict]:

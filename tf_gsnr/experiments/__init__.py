@@ -8,13 +8,16 @@ An experiment is a module with
     epochs(settings) -> the epochs of a configuration's records, one record each
     work(configuration, settings) -> float, proportional to its time
     run(configuration, settings, workbench) -> iterator of flat records
-and a line in `EXPERIMENTS`; its figure and its summary are in `plots.FIGURES`.
+and a line in `EXPERIMENTS`; its figure and its summary are in `plots.FIGURES`. A module of the
+user's own that has all of it is an experiment, too (docs/your_own_experiment.md).
 """
 
 from __future__ import annotations
 
 import importlib
 from typing import Any, NamedTuple
+
+from tf_gsnr import lookup
 
 EXPERIMENTS = {
     "osgr": "tf_gsnr.experiments.osgr",
@@ -42,12 +45,30 @@ class Workbench(NamedTuple):
     traced: dict = {}
 
 
+CONTRACT = ("Settings", "GRID", "settings", "configurations", "epochs", "work", "run")
+OF_ITS_FIGURE = ("figure", "summary", "table")
+
+
 def load(name: str):
-    """The module of the named experiment.
+    """The module of the named experiment: a key of `EXPERIMENTS`, or a module of the user's.
 
     Raises:
-      ValueError: an unknown name.
+      ValueError: an unknown name, or a module that is no experiment.
     """
-    if name not in EXPERIMENTS:
-        raise ValueError(f"unknown experiment {name!r}; available: {', '.join(EXPERIMENTS)}")
-    return importlib.import_module(EXPERIMENTS[name])
+    if name in EXPERIMENTS:
+        return importlib.import_module(EXPERIMENTS[name])
+    try:
+        module = lookup.module("experiment", name)
+    except ValueError:
+        raise ValueError(
+            f"unknown experiment {name!r}; available: {', '.join(EXPERIMENTS)}, or a module of "
+            "your own, of which there is none by this name in the current directory or among the "
+            "installed packages"
+        ) from None
+    lacking = [part for part in CONTRACT + OF_ITS_FIGURE if not hasattr(module, part)]
+    if lacking:
+        raise ValueError(
+            f"--experiment={name}: module {module.__name__!r} is no experiment: it lacks "
+            f"{', '.join(lacking)} (docs/your_own_experiment.md)"
+        )
+    return module

@@ -1,0 +1,241 @@
+"""The report: run directories found, joined and written up, without TensorFlow."""
+
+import json
+import math
+import re
+import subprocess
+import sys
+
+import pytest
+from absl import flags
+from absl.testing import flagsaver
+
+import tf_gsnr.main
+from tf_gsnr import records
+from tf_gsnr.plots import claims, freezing
+from tf_gsnr.report import __main__ as report
+from tf_gsnr.report import document, runs
+
+TOY = [
+    "--dataset=toy",
+    "--n=12",
+    "--p_random=0,0.5",
+    "--width=3",
+    "--epochs=0,2",
+    "--training_sets=2",
+    "--learning_rate=0.01",
+    "--test_size=40",
+    "--name=tiny",
+]
+
+
+def run(*arguments):
+    """The command line of the experiments, in this process."""
+    with flagsaver.flagsaver():
+        tf_gsnr.main.parse_flags(["main.py", *arguments])
+        return tf_gsnr.main.run(["main.py"])
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory):
+    """A tiny grid whole, and in two shards."""
+    path = tmp_path_factory.mktemp("toy")
+    run(*TOY, f"--runs_dir={path / 'whole'}")
+    for shard in ("0/2", "1/2"):
+        run(*TOY, f"--runs_dir={path / 'shards'}", f"--shard={shard}")
+    return path
+
+
+def frozen_records(rise=0.03, fall=-0.005, seeds=3, correlation=0.4):
+    """Records of the freezing experiment whose curves are known."""
+    return [
+        {
+            "seed": seed,
+            "frozen": frozen,
+            "epoch": step,
+            "gsnr/second_layer": 0.03 + 1e-4 * seed + (fall if frozen else rise) * share,
+            "gsnr/feature00": 0.01 + 0.02 * share,
+            "correlation/feature00": -0.1 - (correlation - 0.1) * share,
+        }
+        for seed in range(seeds)
+        for frozen in (False, True)
+        for step, share in ((0, 0), (10, 1), (20, 0.5))
+    ]
+
+
+def write_run(path, found, planned=2, experiment="freezing", **settings):
+    """A run directory as an experiment leaves it."""
+    directory = records.RunDirectory(path, {"experiment": experiment, "width": 5, **settings})
+    directory.write_config(
+        {
+            "command": ["main.py", "--flagfile=/home/me/flags/x.flags", "--data_dir=/home/me/data"],
+            "versions": {"tf_gsnr": "0"},
+            "devices": ["CPU"],
+            "processor": "a processor",
+            "cpus": 2,
+            "engine": "auto",
+            "jit_compile": False,
+            "started": "today",
+        }
+    )
+    keys = [dict(seed=s, frozen=f) for s in range(planned) for f in (False, True)]
+    directory.write_plan(keys, [0, 10, 20], ["repeats"])
+    for record in found:
+        directory.append(record)
+    directory.add_seconds(75)
+    return directory.path
+
+
+def test_shards_are_joined_to_the_whole(toy):
+    (whole,) = runs.find([toy / "whole"])
+    (joined,) = runs.find([toy / "shards"])
+    assert whole.name == joined.name == "tiny" and len(joined.parts) == 2
+    assert [p.path.name for p in joined.parts] == ["tiny-0of2", "tiny-1of2"]
+    assert [p.complete for p in joined.parts] == [1, 1] and joined.complete == joined.planned == 2
+    assert joined.settings == whole.settings
+
+    def ordered(found):
+        keys = ("n", "p_random", "width", "epoch")
+        return sorted(
+            ({k: v for k, v in r.items() if not isinstance(v, str)} for r in found.records),
+            key=lambda r: [r[k] for k in keys],
+        )
+
+    for a, b in zip(ordered(whole), ordered(joined), strict=True):
+        assert a.keys() == b.keys()
+        for name in a.keys() - {"seconds"}:
+            assert a[name] == pytest.approx(b[name], rel=1e-6, nan_ok=True), name
+    tables = {report.plots.osgr.table(ordered(found)) for found in (whole, joined)}
+    assert len(tables) == 1
+
+
+def test_the_files_of_both_are_the_same_results(toy, tmp_path):
+    for name in ("whole", "shards"):
+        report.write([toy / name], tmp_path / name / "RESULTS.md")
+    figures = [tmp_path / n / "docs/results/tiny.png" for n in ("whole", "shards")]
+    assert figures[0].stat().st_size > 10_000
+    whole, joined = ((tmp_path / n / "RESULTS.md").read_text() for n in ("whole", "shards"))
+    cut = "### What tiny ran on"
+    assert whole.split(cut)[0] == joined.split(cut)[0]
+    assert "`tiny-0of2` | 1 of 2" in joined and "`tiny` | 2 of 2" in whole
+    assert "](docs/results/tiny.png)" in whole and str(toy) not in whole + joined
+
+
+def test_a_record_that_is_there_twice_counts_once(toy, capsys):
+    (joined,) = runs.find([toy / "whole", toy / "shards"])
+    assert len(joined.records) == 4 and len(joined.parts) == 3
+    assert "2 of its 2 records are in" in capsys.readouterr().err
+    assert json.loads(json.dumps(joined.settings)) == joined.settings
+
+
+def test_other_settings_are_other_runs(tmp_path):
+    found = frozen_records()
+    for place, width in (("a", 5), ("b", 6)):
+        write_run(tmp_path / place / "x", found, width=width)
+    assert [r.name for r in runs.find([tmp_path / "a", tmp_path / "b"])] == ["x", "x-2"]
+
+
+def test_the_document(tmp_path):
+    write_run(tmp_path / "runs" / "small", frozen_records(), planned=3)
+    output, html = report.write([tmp_path / "runs"], tmp_path / "RESULTS.md")
+    text = output.read_text()
+    lines = [line for line in text.splitlines() if line.startswith("| figure 6 |")]
+    assert len(lines) == 2 and all("**holds**" in line for line in lines)
+    assert "python -m tf_gsnr.main --flagfile=flags/x.flags --data_dir=DIR" in lines[0]
+    assert "/home/me" not in text + html.read_text() and str(tmp_path) not in text
+    for link in re.findall(r"!\[.*?\]\((.*?)\)", text):
+        assert (tmp_path / link).exists()
+    anchors = {document.slug(h) for h in re.findall(r"^#+ (.*)$", text, re.M)}
+    assert set(re.findall(r"\]\(#(.*?)\)", text)) <= anchors
+    assert "| `width` | 5 |" in text and "1 min 15 s" in text and "2 cores of a processor" in text
+    page = html.read_text()
+    assert "data:image/png;base64," in page and 'src="docs' not in page and "http" not in page
+    assert '<span class="badge good">holds</span>' in page
+
+
+def test_cells_are_escaped():
+    table = document.Table(("|r|",), [("W * g < 0, gsnr_max",), (document.Code("a|b"),)])
+    assert document.markdown([table], ".").splitlines() == [
+        "| \\|r\\| |",
+        "| --- |",
+        "| W \\* g \\< 0, gsnr_max |",
+        "| `a\\|b` |",
+    ]
+    assert "W * g &lt; 0" in document.html([table], "t")
+
+
+def test_freezing_verdicts_follow_the_numbers():
+    def verdicts(**kwargs):
+        return [c.verdict for c in freezing.claims(frozen_records(**kwargs))]
+
+    holds, partly, fails = claims.HOLDS, claims.PARTLY, claims.FAILS
+    assert verdicts() == [holds, holds, holds]
+    assert verdicts(rise=0.003) == [partly, holds, holds]
+    assert verdicts(rise=-0.01, fall=0.01, correlation=0.05) == [fails, fails, fails]
+    assert verdicts(seeds=1)[0] == fails  # of one seed the error is not known
+    assert freezing.claims([r for r in frozen_records() if r["epoch"] == 0]) == []
+    assert len(freezing.claims([r for r in frozen_records() if r["frozen"]])) == 1
+
+
+def test_an_unfinished_run_says_how_far_it_is(tmp_path, capsys):
+    write_run(tmp_path / "half", frozen_records(seeds=2)[:-1])
+    write_run(tmp_path / "new", [], width=7)
+    report.write([tmp_path], tmp_path / "out" / "RESULTS.md")
+    said = capsys.readouterr().err
+    assert "half is unfinished: 3 of 4 configurations" in said
+    assert "left out: new has no records yet" in said
+    with pytest.raises(ValueError, match="has a record to show"):
+        report.write([tmp_path / "new"], tmp_path / "RESULTS.md")
+
+
+def test_what_is_no_run_is_named(tmp_path, capsys):
+    with pytest.raises(ValueError, match="nowhere: no such directory"):
+        runs.find([tmp_path / "nowhere"])
+    (tmp_path / "runs" / "other").mkdir(parents=True)
+    with pytest.raises(ValueError, match="neither a run directory nor one that holds some"):
+        runs.find([tmp_path / "runs"])
+    assert "other: no run: it has no config.json" in capsys.readouterr().err
+    fit = records.RunDirectory(tmp_path / "runs" / "fit", {"every_epochs": 1})
+    fit.write_config({})
+    with pytest.raises(ValueError, match="fit: no run of an experiment: KeyError"):
+        runs.find([fit.path])
+    old = write_run(tmp_path / "runs" / "old", [])
+    (old / "plan.json").unlink()
+    with pytest.raises(ValueError, match="no plan.json.*the same command again writes it"):
+        runs.find([old])
+    write_run(tmp_path / "runs" / "theirs", frozen_records(), experiment="no_such_experiment")
+    with pytest.raises(ValueError, match="has a record to show"):
+        report.write([tmp_path / "runs" / "theirs"], tmp_path / "RESULTS.md")
+    assert "left out: theirs: --experiment=no_such_experiment" in capsys.readouterr().err
+
+
+def test_an_empty_shard_is_refused():
+    with pytest.raises(ValueError, match="--shard=7/8: there are 2 configurations"):
+        run(*TOY, "--shard=7/8")
+
+
+def test_the_time_of_a_run_adds_up(toy, tmp_path):
+    config = records.read_config(toy / "whole" / "tiny")
+    assert 0 < config["seconds"] < 600 and config["processor"] and not math.isnan(config["seconds"])
+    directory = records.RunDirectory(tmp_path, {})
+    directory.write_config({})
+    directory.add_seconds(2)
+    directory.write_config({"again": True})
+    directory.add_seconds(3)
+    assert records.read_config(tmp_path)["seconds"] == 5
+
+
+def test_the_command_opens_without_tensorflow(tmp_path):
+    write_run(tmp_path / "runs" / "small", frozen_records(), planned=3)
+    code = (
+        "import sys; from absl import app; from tf_gsnr.report import __main__ as m; "
+        "app.run(lambda a: (m.main(a), sys.exit('tensorflow' in sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "runs"), f"--output={tmp_path / 'R.md'}"],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "R.md").exists() and (tmp_path / "R.html").exists()
+    assert "runs_dir" in flags.FLAGS  # of the other binary, not of this one

@@ -1,0 +1,1 @@
+"""Run directories -> RESULTS.md, its figures, and one HTML page. Never imports TensorFlow."""
