@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 EXPERIMENTS = {
     "osgr": "tf_gsnr.experiments.osgr",
     "freezing": "tf_gsnr.experiments.freezing",
+    "weights": "tf_gsnr.experiments.weights",
 }
 
 
