@@ -123,7 +123,11 @@ def figure(records: list[dict]) -> plt.Figure:
         name, label = f"opposite/{which}/{first}", f"{label}, first layer: nothing below"
         _draw(right, records, name, label, COLOURS[which], ":", band=False)
     right.axhline(0.5, color="0.5", linewidth=1)
-    right.set(ylabel="share of weights with $W g < 0$", title="figure 7b: opposite signs")
+    right.set(
+        ylabel="share of weights with $W g < 0$",
+        title="figure 7b: opposite signs",
+        ylim=(0.2, 1.02),
+    )
     _draw(made, records, "correlation_below/all", "whole $\\Delta g$", "0.2", "-")
     for part, (label, colour) in PARTS.items():
         _draw(made, records, f"contribution/{part}/all", label, colour, "o-")
