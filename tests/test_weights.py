@@ -160,6 +160,11 @@ def test_figure_table_and_claims(found):
     assert all(c.where == "figure 7a" or c.where == "figure 7b" or "3.3" in c.where for c in claims)
 
 
+def test_term_28_can_be_left_out():
+    with_terms, without = (weights.settings(dataset="toy", term_every=k) for k in (20, 0))
+    assert weights.work({}, without) < weights.work({}, with_terms)
+
+
 def test_bad_settings_are_named():
     for bad in (dict(epochs=0), dict(n=[100, 200]), dict(batch_size=0), dict(term_every=3)):
         with pytest.raises(ValueError, match=f"--{next(iter(bad))}="):

@@ -111,7 +111,7 @@ flags.DEFINE_integer(
 )
 flags.DEFINE_integer("steps", None, "freezing: gradient-descent steps.")
 flags.DEFINE_integer("every", None, "Steps (freezing) or epochs (weights) between measurements.")
-flags.DEFINE_integer("term_every", None, "weights: epochs between evaluations of (28).")
+flags.DEFINE_integer("term_every", None, "weights: epochs between evaluations of (28); 0: none.")
 flags.DEFINE_integer("repeats", None, "freezing, weights: seeds, from --seed on.")
 flags.DEFINE_float("initial_scale", None, "freezing: standard deviation of the initial weights.")
 flags.DEFINE_float("toy_input_scale", 1.0, "Toy data: inputs are uniform on +- this [ours].")

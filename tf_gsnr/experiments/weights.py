@@ -50,7 +50,7 @@ class Settings(NamedTuple):
     width: int = 20  # [ours]
     epochs: int = 200  # [text]
     every: int = 2  # [ours]
-    term_every: int = 20  # [ours]
+    term_every: int = 20  # [ours] 0: never
     learning_rate: float = 0.1  # [ours]
     batch_size: int | None = None  # [ours] None: all, gradient descent as in (5)
     repeats: int = 3  # [ours]
@@ -65,9 +65,10 @@ def settings(**given) -> Settings:
     Raises:
       ValueError: a value that no run can have.
     """
-    names = ("width", "epochs", "every", "term_every", "learning_rate", "repeats", "batch_size")
+    names = ("width", "epochs", "every", "learning_rate", "repeats", "batch_size")
     defaults = dict(model="toy_mlp", n=200) if given.get("dataset") == "toy" else {}
-    chosen = complete(Settings, given, defaults, n=at_least(2), **dict.fromkeys(names, POSITIVE))
+    ranges = dict(n=at_least(2), term_every=at_least(0), **dict.fromkeys(names, POSITIVE))
+    chosen = complete(Settings, given, defaults, **ranges)
     if chosen.term_every % chosen.every:
         raise ValueError(
             f"--term_every={chosen.term_every}: expected a multiple of --every={chosen.every}"
@@ -86,8 +87,14 @@ def epochs(settings: Settings) -> list[int]:
 
 def work(configuration: dict, settings: Settings) -> float:
     """Gradients of the training set."""
-    terms = settings.epochs // settings.term_every + 1
-    return settings.epochs + len(epochs(settings)) * MEASUREMENT_WORK + terms * _term_work(settings)
+    measurements = len(epochs(settings)) * MEASUREMENT_WORK
+    return settings.epochs + measurements + len(_term_epochs(settings)) * _term_work(settings)
+
+
+def _term_epochs(settings):
+    """When (28) is computed."""
+    every = settings.term_every
+    return range(0, settings.epochs + 1, every) if every else range(0)
 
 
 def _term_work(settings):
@@ -125,7 +132,7 @@ def run(configuration: dict, settings: Settings, workbench) -> Iterator[dict]:
             )
         progress.advance(MEASUREMENT_WORK, f"seed={seed} | epoch {epoch}")
         layers = _columns(network.kernels, changes)
-        if epoch % settings.term_every == 0:
+        if epoch in _term_epochs(settings):
             for layer, terms in network.terms.items():
                 layers[layer] |= tf.nest.map_structure(np.asarray, terms(chunks))._asdict()
             progress.advance(_term_work(settings), f"seed={seed} | epoch {epoch}")
