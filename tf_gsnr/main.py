@@ -103,14 +103,24 @@ flags.DEFINE_string(
 _define_grid("n", int, "Training-set sizes.")
 _define_grid("p_random", float, "Probabilities with which a label is replaced by a random one.")
 _define_grid("width", int, "Widths of the network: p of table 2, hidden units on toy data.")
-_define_grid("epochs", int, "Gradient-descent iterations at which both sides are measured.")
+_define_grid(
+    "epochs",
+    int,
+    "Gradient-descent iterations at which both sides are measured; weights: how many epochs.",
+)
 flags.DEFINE_integer("training_sets", None, "M, the training sets a configuration has.")
 flags.DEFINE_float("learning_rate", None, "lambda, the step of full-batch gradient descent.")
 flags.DEFINE_integer("test_size", None, "Test examples. Default: the whole test set.")
-flags.DEFINE_integer("batch_size", 500, "Examples a micro-batch; speed and memory only.")
+flags.DEFINE_integer(
+    "batch_size",
+    None,
+    "Examples a micro-batch, for speed and memory only; weights: examples a step of SGD (default: "
+    "all, gradient descent).",
+)
 flags.DEFINE_integer("steps", None, "freezing: gradient-descent steps.")
-flags.DEFINE_integer("every", None, "freezing: steps from one measurement to the next.")
-flags.DEFINE_integer("repeats", None, "freezing: seeds, from --seed on.")
+flags.DEFINE_integer("every", None, "Steps (freezing) or epochs (weights) between measurements.")
+flags.DEFINE_integer("term_every", None, "weights: epochs between evaluations of (28); 0: none.")
+flags.DEFINE_integer("repeats", None, "freezing, weights: seeds, from --seed on.")
 flags.DEFINE_float("initial_scale", None, "freezing: standard deviation of the initial weights.")
 flags.DEFINE_float("toy_input_scale", 1.0, "Toy data: inputs are uniform on +- this [ours].")
 flags.DEFINE_float("toy_noise_scale", 0.01, "Toy data: noise is uniform on +- this [ours].")

@@ -46,7 +46,21 @@ def toy_mlp(input_shape, outputs, width) -> keras.Model:
     )
 
 
-MODELS: dict[str, Callable] = {"mnist_cnn": mnist_cnn, "toy_mlp": toy_mlp}
+def mlp(input_shape, outputs, width) -> keras.Model:
+    """Figure 7 [ours]: two hidden relu layers of `width` units, fully connected as (26) is."""
+    return keras.Sequential(
+        [
+            keras.Input(input_shape),
+            layers.Flatten(),
+            layers.Dense(width, activation="relu", name="dense1"),
+            layers.Dense(width, activation="relu", name="dense2"),
+            layers.Dense(outputs, name="output"),
+        ],
+        name="mlp",
+    )
+
+
+MODELS: dict[str, Callable] = {"mnist_cnn": mnist_cnn, "toy_mlp": toy_mlp, "mlp": mlp}
 
 
 def build(name: str, input_shape, outputs: int, width: int, seed: int) -> keras.Model:

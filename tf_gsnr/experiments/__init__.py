@@ -22,6 +22,7 @@ from tf_gsnr import lookup
 EXPERIMENTS = {
     "osgr": "tf_gsnr.experiments.osgr",
     "freezing": "tf_gsnr.experiments.freezing",
+    "weights": "tf_gsnr.experiments.weights",
 }
 
 
