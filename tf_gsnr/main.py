@@ -64,7 +64,7 @@ def _define_grid(name, number, help_text):
 flags.DEFINE_string(
     "experiment",
     "osgr",
-    "Which experiment: osgr (figures 4, 9, 11) or freezing (figure 6, table 1).",
+    "Which experiment: osgr (figures 4, 9, 11), dynamics (figure 5), freezing (figure 6, table 1).",
 )
 flags.DEFINE_string(
     "dataset",
@@ -91,19 +91,36 @@ flags.DEFINE_enum(
     ["auto", "true", "false"],
     "Compile with XLA; auto: on an accelerator and not on a CPU.",
 )
-flags.DEFINE_string("model", None, "Which network. Default: the paper's for the data set.")
+flags.DEFINE_string(
+    "model",
+    None,
+    "Which network; dynamics: several, comma-separated. Default: the paper's for the data set.",
+)
 _define_grid("n", int, "Training-set sizes.")
 _define_grid("p_random", float, "Probabilities with which a label is replaced by a random one.")
 _define_grid("width", int, "Widths of the network: p of table 2, hidden units on toy data.")
-_define_grid("epochs", int, "Gradient-descent iterations at which both sides are measured.")
+_define_grid(
+    "epochs",
+    int,
+    "Gradient-descent iterations at which both sides are measured; dynamics: how many, of SGD.",
+)
 flags.DEFINE_integer("training_sets", None, "M, the training sets a configuration has.")
 flags.DEFINE_float("learning_rate", None, "lambda, the step of full-batch gradient descent.")
 flags.DEFINE_integer("test_size", None, "Test examples. Default: the whole test set.")
-flags.DEFINE_integer("batch_size", 500, "Examples a micro-batch; speed and memory only.")
+flags.DEFINE_integer(
+    "batch_size",
+    None,
+    "Examples a micro-batch, for speed and memory only; dynamics: examples a step of SGD.",
+)
+flags.DEFINE_integer("probe", None, "dynamics: training examples measured on. Default: all.")
 flags.DEFINE_integer("steps", None, "freezing: gradient-descent steps.")
-flags.DEFINE_integer("every", None, "freezing: steps from one measurement to the next.")
-flags.DEFINE_integer("repeats", None, "freezing: seeds, from --seed on.")
-flags.DEFINE_float("initial_scale", None, "freezing: standard deviation of the initial weights.")
+flags.DEFINE_integer("every", None, "Steps (freezing) or epochs (dynamics) between measurements.")
+flags.DEFINE_integer("repeats", None, "freezing, dynamics: seeds, from --seed on.")
+flags.DEFINE_float(
+    "initial_scale",
+    None,
+    "freezing: standard deviation of the initial weights; dynamics: factor of the last layer's.",
+)
 flags.DEFINE_float("toy_input_scale", 1.0, "Toy data: inputs are uniform on +- this [ours].")
 flags.DEFINE_float("toy_noise_scale", 0.01, "Toy data: noise is uniform on +- this [ours].")
 flags.DEFINE_string(

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 EXPERIMENTS = {
     "osgr": "tf_gsnr.experiments.osgr",
+    "dynamics": "tf_gsnr.experiments.dynamics",
     "freezing": "tf_gsnr.experiments.freezing",
 }
 

@@ -12,10 +12,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tf_gsnr.plots import freezing, osgr
+from tf_gsnr.plots import dynamics, freezing, osgr
 from tf_gsnr.plots.style import plt
 
-FIGURES = {"osgr": osgr, "freezing": freezing}
+FIGURES = {"osgr": osgr, "dynamics": dynamics, "freezing": freezing}
 
 
 def draw(experiment: str, records: list[dict], directory) -> Path:
