@@ -28,9 +28,9 @@ from tf_gsnr.gradients import recalibration
 
 GRID = ("model", "p_random", "repeats")
 
-STEP, MEASUREMENT = 3, 6  # of an example, in forward passes
+STEP, STATISTICS, GRADIENT, EVALUATION = 3, 1, 4, 1  # of an example, in forward passes
 PIECE = 1000  # probe examples between two looks at the progress
-MICRO_BATCH = 250  # of a measurement: speed and memory only, but for the batch-norm statistics
+MICRO_BATCH = 125  # of a measurement: speed and memory only, but for the batch-norm statistics
 
 
 class Settings(NamedTuple):
@@ -101,7 +101,8 @@ def work(configuration: dict, settings: Settings) -> float:
 
 
 def _work_until(epoch, settings):
-    measurement = MEASUREMENT * (settings.probe or settings.n) + (settings.test_size or 10_000)
+    probe, test = settings.probe or settings.n, settings.test_size or 10_000
+    measurement = (STATISTICS + GRADIENT + EVALUATION) * probe + EVALUATION * test
     return STEP * settings.n * epoch + measurement * (epoch // settings.every + 1)
 
 
@@ -202,7 +203,13 @@ def _build(name, settings, workbench):
 
     def measure(probe, test, advance):
         x, y = probe
-        refresh(tf.constant(x[i : i + MICRO_BATCH]) for i in range(0, len(y), MICRO_BATCH))
+
+        def batches():
+            for i in range(0, len(y), MICRO_BATCH):
+                yield tf.constant(x[i : i + MICRO_BATCH])
+                advance(STATISTICS * MICRO_BATCH)
+
+        refresh(batches())
         moments = None
         for i in range(0, len(y), PIECE):
             piece = slice(i, i + PIECE)
@@ -216,12 +223,12 @@ def _build(name, settings, workbench):
                 jit_compile=jit_compile,
             )
             moments = found if moments is None else moments.merge(found)
-            advance(MEASUREMENT * len(y[piece]))
+            advance(GRADIENT * len(y[piece]))
         on = {
             name: model.evaluate(*examples, batch_size=MICRO_BATCH, verbose=0, return_dict=True)
             for name, examples in (("train", probe), ("test", test))
         }
-        advance(len(test[1]))
+        advance(EVALUATION * (len(y) + len(test[1])))
         return {
             "train_loss": float(moments.loss),
             "train_accuracy": on["train"]["accuracy"],

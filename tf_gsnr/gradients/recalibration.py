@@ -138,7 +138,7 @@ def averaged_statistics(model: keras.Model) -> Callable:
         return [state[place] / share for place, share in zip(places, shares)]
 
     def refresh(batches):
-        found = [of_batch(x) for x in batches] if layers else []
+        found = [of_batch(x) for x in batches]
         for variable, *values in zip(variables, *found):
             variable.assign(tf.add_n(values) / len(values))
 

@@ -1,8 +1,9 @@
 """GSNR during training on real and on random labels: figure 5, and shallow models beside it.
 
-The majority's share of signs has a floor that the paper's "about 50%" does not show: at first all
-examples of a class push a parameter the same way, and of C random signs the majority has
-E max(k, C - k) / C, 62 % for ten classes. The share with the sign of the mean gradient has none.
+The majority's share of signs has a floor that the paper's "about 50%" does not show: at first the
+examples of a class push a parameter the same way, and where they all do, the majority of C random
+signs is E max(k, C - k) / C, 62 % for ten classes. The share with the sign of the mean gradient has
+no such floor, and both are drawn.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from tf_gsnr.plots.claims import Claim, verdict
 from tf_gsnr.plots.style import by, column, curves, draw_mean, plt
 
 REAL, RANDOM, BETWEEN = "#2a6fbb", "#c8553d", "0.5"
-SIGNS = {"step_sign/mean": "-", "same_sign/mean": ":"}
+SIGNS = {"same_sign/mean": "-", "step_sign/mean": ":"}
 
 
 def summary(records: list[dict]) -> dict:
@@ -65,15 +66,15 @@ def figure(records: list[dict]) -> plt.Figure:
             _row(row, same, p_random)
         row[0].axhline(1 / group[0]["count"], color="0.6", linestyle=":", linewidth=1, zorder=0)
         row[0].set(ylabel=f"{model}\nGSNR (25), mean over parameters", ylim=(0, None))
-        row[1].set(ylabel="share of examples, mean over parameters")
+        row[1].set(ylabel="share of examples,\nmean over parameters")
         row[2].set(ylabel="accuracy", ylim=(0, 1))
         for axis in row:
             axis.set(xlabel="epoch")
             axis.grid(alpha=0.25)
-    titles = ("GSNR", "gradients of one sign", "accuracy")
+    titles = ("GSNR", "same-sign proportion", "accuracy")
     notes = (
         "dotted grey: the bias 1/n of the estimate",
-        "solid: the mean gradient's sign; dotted: the majority's",
+        "solid: the majority's sign; dotted: the mean gradient's",
         "solid: training (own labels); dashed: test (true labels)",
     )
     for axis, title, note in zip(axes[0], titles, notes):
@@ -169,8 +170,9 @@ def _signs(model, real):
 
 
 WHY_SIGNS = (
-    "at the start all examples of a class push a parameter the same way, and the majority of ten "
-    "random signs is 62%, not 50%; with the sign of the mean gradient there is no such floor"
+    "at the start the examples of a class push a parameter the same way, so the majority's share "
+    "is above 50% before anything is learnt (62% for ten classes that each agree); the share with "
+    "the mean gradient's sign has no such floor"
 )
 
 
@@ -198,7 +200,7 @@ def _paired(after, before):
     """Mean and standard error over the seeds of a difference; one seed has no error."""
     difference = after - before
     if len(difference) < 2:
-        return float(difference.mean()), 0.0
+        return float(difference[0]), 0.0
     return float(difference.mean()), float(difference.std(ddof=1) / np.sqrt(len(difference)))
 
 
