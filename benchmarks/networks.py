@@ -7,6 +7,8 @@ logits. Layers are in inference mode: batch norm uses its moving statistics.
 import keras
 import numpy as np
 
+from tf_gsnr import models
+
 L = keras.layers
 
 
@@ -53,23 +55,8 @@ def cifar(batch, width=8):
 
 
 def resnet18(batch):
-    """ResNet18 for 32x32 images: a 3x3 stem, four stages of two blocks, 64 to 512 channels."""
-    x = image = keras.Input((32, 32, 3))
-
-    def conv_bn(x, filters, size, stride):
-        x = L.Conv2D(filters, size, stride, padding="same", use_bias=False)(x)
-        return L.BatchNormalization()(x)
-
-    x = L.ReLU()(conv_bn(x, 64, 3, 1))
-    for stage in range(4):
-        for block in range(2):
-            filters, stride = 64 * 2**stage, 2 if stage and not block else 1
-            h = L.ReLU()(conv_bn(x, filters, 3, stride))
-            h = conv_bn(h, filters, 3, 1)
-            shortcut = conv_bn(x, filters, 1, stride) if stride == 2 else x
-            x = L.ReLU()(L.Add()([h, shortcut]))
-    model = keras.Model(image, L.Dense(10)(L.GlobalAveragePooling2D()(x)), name="resnet18")
-    return model, *_data(batch, (32, 32, 3))
+    """ResNet18 for 32x32 images, 64 to 512 channels."""
+    return models.build("resnet18", (32, 32, 3), 10, width=64, seed=0), *_data(batch, (32, 32, 3))
 
 
 def transformer(batch, width=128, length=64, blocks=2, vocabulary=1000):

@@ -97,8 +97,9 @@ flags.DEFINE_enum(
 flags.DEFINE_string(
     "model",
     None,
-    "Which network: a name in tf_gsnr/models.py, or module:function, a function of your own, "
-    "(input_shape, outputs, width) -> keras.Model. Default: the paper's for the data set.",
+    "Which network (dynamics: several, comma-separated): a name in tf_gsnr/models.py, or "
+    "module:function, a function of your own, (input_shape, outputs, width) -> keras.Model. "
+    "Default: the paper's for the data set.",
 )
 _define_grid("n", int, "Training-set sizes.")
 _define_grid("p_random", float, "Probabilities with which a label is replaced by a random one.")
@@ -106,7 +107,7 @@ _define_grid("width", int, "Widths of the network: p of table 2, hidden units on
 _define_grid(
     "epochs",
     int,
-    "Gradient-descent iterations at which both sides are measured; weights: how many epochs.",
+    "Gradient-descent iterations at which both sides are measured; dynamics, weights: how many.",
 )
 flags.DEFINE_integer("training_sets", None, "M, the training sets a configuration has.")
 flags.DEFINE_float("learning_rate", None, "lambda, the step of full-batch gradient descent.")
@@ -114,14 +115,18 @@ flags.DEFINE_integer("test_size", None, "Test examples. Default: the whole test 
 flags.DEFINE_integer(
     "batch_size",
     None,
-    "Examples a micro-batch, for speed and memory only; weights: examples a step of SGD (default: "
-    "all, gradient descent).",
+    "Examples a micro-batch, for speed and memory only; dynamics, weights: examples a step of SGD.",
 )
+flags.DEFINE_integer("probe", None, "dynamics: training examples measured on. Default: all.")
 flags.DEFINE_integer("steps", None, "freezing: gradient-descent steps.")
-flags.DEFINE_integer("every", None, "Steps (freezing) or epochs (weights) between measurements.")
+flags.DEFINE_integer("every", None, "Steps (freezing) or epochs (others) between measurements.")
 flags.DEFINE_integer("term_every", None, "weights: epochs between evaluations of (28); 0: none.")
-flags.DEFINE_integer("repeats", None, "freezing, weights: seeds, from --seed on.")
-flags.DEFINE_float("initial_scale", None, "freezing: standard deviation of the initial weights.")
+flags.DEFINE_integer("repeats", None, "freezing, dynamics, weights: seeds, from --seed on.")
+flags.DEFINE_float(
+    "initial_scale",
+    None,
+    "freezing: standard deviation of the initial weights; dynamics: factor of the last layer's.",
+)
 flags.DEFINE_float("toy_input_scale", 1.0, "Toy data: inputs are uniform on +- this [ours].")
 flags.DEFINE_float("toy_noise_scale", 0.01, "Toy data: noise is uniform on +- this [ours].")
 flags.DEFINE_string(

@@ -58,10 +58,7 @@ def same_sign(moments: Moments) -> list:
     Raises:
       ValueError: the moments hold no sign counts.
     """
-    if not moments.positives:
-        raise ValueError(
-            "moments without sign counts: measure with gradient_moments(..., sign_counts=True)"
-        )
+    _check_signs(moments)
     shares = []
     for positive, negative in zip(moments.positives, moments.negatives):
         xp = arrays.namespace(positive)
@@ -69,6 +66,27 @@ def same_sign(moments: Moments) -> list:
         shares.append(
             arrays.divide(arrays.like_float(xp.maximum(positive, negative)), both, np.nan)
         )
+    return shares
+
+
+def step_sign(moments: Moments) -> list:
+    """Share of the examples whose gradient has the sign of the mean gradient, per parameter.
+
+    Over the examples whose gradient is not zero: those for which the step of the whole set goes
+    the right way. It may be below one half, where a few large gradients outweigh many small ones.
+
+    Returns:
+      A list in the order of the variables, of their shapes; NaN where no example has a gradient.
+
+    Raises:
+      ValueError: the moments hold no sign counts.
+    """
+    _check_signs(moments)
+    shares = []
+    for mean, positive, negative in zip(moments.mean, moments.positives, moments.negatives):
+        xp = arrays.namespace(positive)
+        agreeing = arrays.like_float(xp.where(mean > 0, positive, negative))
+        shares.append(arrays.divide(agreeing, arrays.like_float(positive + negative), np.nan))
     return shares
 
 
@@ -297,6 +315,13 @@ def _check_count(moments):
     if not tf.is_tensor(moments.count) and moments.count < 2:
         raise ValueError(
             f"moments of {int(moments.count)} example(s) have no variance; expected at least 2"
+        )
+
+
+def _check_signs(moments):
+    if not moments.positives:
+        raise ValueError(
+            "moments without sign counts: measure with gradient_moments(..., sign_counts=True)"
         )
 
 

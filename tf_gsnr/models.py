@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 import keras
 import numpy as np
+import tensorflow as tf
 from keras import layers
 
 from tf_gsnr import lookup
@@ -60,7 +61,109 @@ def mlp(input_shape, outputs, width) -> keras.Model:
     )
 
 
-MODELS: dict[str, Callable] = {"mnist_cnn": mnist_cnn, "toy_mlp": toy_mlp, "mlp": mlp}
+def simple_cnn(input_shape, outputs, width) -> keras.Model:
+    """Figure 5 [ours]: three blocks of conv 3x3, relu, maxpool 2 with p, 2p, 4p channels; dense 8p,
+    relu; dense. No batch norm. p: the width."""
+    model = keras.Sequential([keras.Input(input_shape), _centred()], name="simple_cnn")
+    for block, channels in enumerate((width, 2 * width, 4 * width), 1):
+        model.add(
+            layers.Conv2D(channels, 3, padding="same", activation="relu", name=f"conv{block}")
+        )
+        model.add(layers.MaxPooling2D(2))
+    model.add(layers.Flatten())
+    model.add(layers.Dense(8 * width, activation="relu", name="dense1"))
+    model.add(layers.Dense(outputs, name="output"))
+    return model
+
+
+def resnet18(input_shape, outputs, width) -> keras.Model:
+    """He et al. (2016) for small images: a 3x3 stem, four stages of two basic blocks with p, 2p, 4p
+    and 8p channels, global average pooling. p: the width, 64 in the original."""
+
+    def conv_bn(x, channels, size, stride, name):
+        x = layers.Conv2D(
+            channels,
+            size,
+            stride,
+            padding="same",
+            use_bias=False,
+            kernel_initializer="he_normal",
+            name=name,
+        )(x)
+        return layers.BatchNormalization(momentum=0.9, name=f"{name}_bn")(x)
+
+    image = keras.Input(input_shape)
+    x = layers.ReLU()(conv_bn(_centred()(image), width, 3, 1, "stem"))
+    for stage in range(4):
+        for block in range(2):
+            name, channels = f"stage{stage + 1}_block{block + 1}", width * 2**stage
+            stride = 2 if stage and not block else 1
+            h = layers.ReLU()(conv_bn(x, channels, 3, stride, f"{name}_conv1"))
+            h = conv_bn(h, channels, 3, 1, f"{name}_conv2")
+            shortcut = x if stride == 1 else conv_bn(x, channels, 1, stride, f"{name}_shortcut")
+            x = layers.ReLU()(layers.Add()([h, shortcut]))
+    x = layers.GlobalAveragePooling2D()(x)
+    return keras.Model(image, layers.Dense(outputs, name="output")(x), name="resnet18")
+
+
+def logistic_regression(input_shape, outputs, width) -> keras.Model:
+    """A shallow model: one linear layer, from zero weights; softmax cross-entropy. No width."""
+    return _linear(input_shape, outputs, "logistic_regression")
+
+
+def linear_svm(input_shape, outputs, width) -> keras.Model:
+    """The same layer with the hinge loss: a linear support-vector machine (without its penalty)."""
+    return _linear(input_shape, outputs, "linear_svm")
+
+
+def _linear(input_shape, outputs, name):
+    output = layers.Dense(outputs, kernel_initializer="zeros", name="output")
+    inputs = keras.Input(input_shape)
+    return keras.Sequential([inputs, _centred(), layers.Flatten(), output], name=name)
+
+
+def _centred():
+    """Pixels 0..1 to -2..2: on CIFAR-10 mean 0 and variance 1, nearly."""
+    return layers.Rescaling(4, offset=-2)
+
+
+def cross_entropy(y_true, y_pred):
+    """Softmax cross-entropy of logits `[n, classes]` with labels `[n]`, per example: `[n]`."""
+    return tf.nn.sparse_softmax_cross_entropy_with_logits(_labels(y_true), y_pred)
+
+
+def hinge(y_true, y_pred):
+    """Multi-class hinge loss (Weston and Watkins 1999) of scores `[n, C]` with labels `[n]`: `[n]`.
+
+        1/(C - 1) sum_{c != y} max(0, 1 + s_c - s_y)
+
+    Example:
+
+    >>> hinge(tf.constant([1]), tf.constant([[0.5, 1.0, -1.0]])).numpy().tolist()
+    [0.25]
+    """
+    true = tf.one_hot(_labels(y_true), y_pred.shape[-1], dtype=y_pred.dtype)
+    own = tf.reduce_sum(true * y_pred, axis=-1, keepdims=True)
+    others = (1 - true) * tf.nn.relu(1 + y_pred - own)
+    return tf.reduce_sum(others, axis=-1) / (y_pred.shape[-1] - 1)
+
+
+def _labels(y_true):
+    """Integers `[n]`: Keras hands them over as floats, and as `[n, 1]`."""
+    return tf.cast(tf.reshape(y_true, [-1]), tf.int64)
+
+
+MODELS: dict[str, Callable] = {
+    "mnist_cnn": mnist_cnn,
+    "toy_mlp": toy_mlp,
+    "mlp": mlp,
+    "simple_cnn": simple_cnn,
+    "resnet18": resnet18,
+    "logistic_regression": logistic_regression,
+    "linear_svm": linear_svm,
+}
+
+LOSSES: dict[str, Callable] = {"linear_svm": hinge}  # of the others: cross_entropy
 
 
 def build(name: str, input_shape, outputs: int, width: int, seed: int) -> keras.Model:

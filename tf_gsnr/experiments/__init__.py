@@ -21,6 +21,7 @@ from tf_gsnr import lookup
 
 EXPERIMENTS = {
     "osgr": "tf_gsnr.experiments.osgr",
+    "dynamics": "tf_gsnr.experiments.dynamics",
     "freezing": "tf_gsnr.experiments.freezing",
     "weights": "tf_gsnr.experiments.weights",
 }

@@ -15,10 +15,10 @@ from pathlib import Path
 from types import ModuleType
 
 from tf_gsnr import lookup
-from tf_gsnr.plots import freezing, osgr, weights
+from tf_gsnr.plots import dynamics, freezing, osgr, weights
 from tf_gsnr.plots.style import plt
 
-FIGURES = {"osgr": osgr, "freezing": freezing, "weights": weights}
+FIGURES = {"osgr": osgr, "dynamics": dynamics, "freezing": freezing, "weights": weights}
 
 
 def load(experiment: str) -> ModuleType:

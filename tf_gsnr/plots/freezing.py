@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from tf_gsnr.plots import style
 from tf_gsnr.plots.claims import Claim, verdict
 from tf_gsnr.plots.style import by, column, plt
 
@@ -14,10 +15,7 @@ BEST = 5  # rows of table 1
 
 def curves(records: list[dict], frozen: bool, name: str):
     """`(steps [k], values [seeds, k])` of a field, for all seeds that are complete."""
-    seeds = by([r for r in records if r["frozen"] == frozen], "seed")
-    longest = max(map(len, seeds.values()))
-    whole = [sorted(g, key=lambda r: r["epoch"]) for g in seeds.values() if len(g) == longest]
-    return column(whole[0], "epoch"), np.array([column(g, name) for g in whole])
+    return style.curves([r for r in records if r["frozen"] == frozen], name)
 
 
 def features(records: list[dict], seed: int | None = None) -> list[dict]:
@@ -189,11 +187,7 @@ def figure(records: list[dict]) -> plt.Figure:
         if not any(r["frozen"] == frozen for r in records):
             continue
         steps, values = curves(records, frozen, "gsnr/second_layer")
-        mean = values.mean(0)
-        left.plot(steps, mean, color=COLOURS[frozen], label=LABELS[frozen])
-        if len(values) > 1:
-            se = values.std(0, ddof=1) / np.sqrt(len(values))
-            left.fill_between(steps, mean - se, mean + se, color=COLOURS[frozen], alpha=0.2)
+        style.draw_mean(left, steps, values, color=COLOURS[frozen], label=LABELS[frozen])
     left.set(
         xlabel="gradient-descent step", ylabel="GSNR, mean over the second layer", ylim=(0, None)
     )

@@ -8,7 +8,7 @@ matplotlib.use("Agg")  # files, no window
 import matplotlib.pyplot as plt  # noqa: E402
 import numpy as np  # noqa: E402
 
-__all__ = ["by", "column", "pearson", "plt"]
+__all__ = ["by", "column", "curves", "draw_mean", "pearson", "plt"]
 
 
 def pearson(x, y) -> float:
@@ -27,3 +27,20 @@ def by(records, name) -> dict:
 
 def column(records, name):
     return np.array([r[name] for r in records], float)
+
+
+def curves(records, name):
+    """`(epochs [k], values [seeds, k])` of a field where it is, for all seeds that are complete."""
+    seeds = by([r for r in records if name in r], "seed")
+    longest = max(map(len, seeds.values()), default=0)
+    whole = [sorted(g, key=lambda r: r["epoch"]) for g in seeds.values() if len(g) == longest]
+    return column(whole[0] if whole else [], "epoch"), np.array([column(g, name) for g in whole])
+
+
+def draw_mean(axis, x, values, line="-", **looks):
+    """The mean over seeds of `values [seeds, k]`, with a band of one standard error."""
+    mean = values.mean(0)
+    (drawn,) = axis.plot(x, mean, line, **looks)
+    if len(values) > 1:
+        se = values.std(0, ddof=1) / np.sqrt(len(values))
+        axis.fill_between(x, mean - se, mean + se, color=drawn.get_color(), alpha=0.2, linewidth=0)

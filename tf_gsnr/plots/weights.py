@@ -7,7 +7,7 @@ import math
 import numpy as np
 
 from tf_gsnr.plots.claims import Claim, verdict
-from tf_gsnr.plots.style import by, column, plt
+from tf_gsnr.plots.style import curves, draw_mean, plt
 
 COLOURS = {"all": "#2a6fbb", "top": "#c8553d"}
 LABELS = {"all": "all weights", "top": "top 10% by |W|"}
@@ -20,14 +20,6 @@ PARTS = {
     "remainder": ("remainder (kinks, higher orders)", "0.6"),
 }
 EARLY = 0.1  # [ours] "the early training stage" is this share of the epochs
-
-
-def curves(records: list[dict], name: str):
-    """`(epochs [k], values [seeds, k])` of a field where it was measured, for complete seeds."""
-    seeds = by([r for r in records if name in r], "seed")
-    longest = max(map(len, seeds.values()), default=0)
-    whole = [sorted(g, key=lambda r: r["epoch"]) for g in seeds.values() if len(g) == longest]
-    return column(whole[0] if whole else [], "epoch"), np.array([column(g, name) for g in whole])
 
 
 def layers(records: list[dict]) -> list[str]:
@@ -162,10 +154,11 @@ def _draw(axis, records, name, label, colour, line, band=True):
     epochs, values = curves(records, name)
     if not np.isfinite(values).any():
         return
-    mean, se = values.mean(0), _standard_error(values)
-    axis.plot(epochs, mean, line, color=colour, label=label, markersize=4)
+    looks = dict(color=colour, label=label, markersize=4)
     if band:
-        axis.fill_between(epochs, mean - se, mean + se, color=colour, alpha=0.2, linewidth=0)
+        draw_mean(axis, epochs, values, line, **looks)
+    else:
+        axis.plot(epochs, values.mean(0), line, **looks)
 
 
 def _standard_error(values):
