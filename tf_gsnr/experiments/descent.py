@@ -2,6 +2,30 @@
 
 A data set is held as chunks `(x, y, valid)` with leading axes `[chunks, batch]`
 (`gradients.stack_chunks`), so that its size is no matter of memory.
+
+With batch normalisation. The statistics s are those of the whole training set D, at evaluation too
+(appendix A.2), so they are a function of the weights theta:
+
+    L[D](theta) = 1/n sum_n l_n(theta, s_D(theta)),    L[D'](theta) likewise, with the same s_D
+
+and a step follows the true gradient of L[D], which flows through s_D; the whole set is then one
+batch of the forward and of the backward pass. An example's own gradient, in (19), is likewise the
+total one,
+
+    G_n = dl_n/dtheta + dl_n/ds ds_D/dtheta
+
+for training and test examples alike: by its mean over D', times lambda, the test loss falls. Its
+mean over D is the step's gradient, but no backward pass hands out its variance: an example's part
+of the batch's gradient is what it does to all losses through s_D, not what all statistics do to
+its loss. Of (19) only the sum of the variances over the parameters is needed, and for any signs v
+
+    E_v Var_n(v . G_n) = sum_j rho2_j        v_j = +1 or -1, independent
+
+(Hutchinson 1990), where v . G_n, the slopes of all examples' losses along v, come from one forward
+pass in forward mode. The paper takes the statistics as constants instead ("we could not include
+them in the estimation of OSGR"), which is what `moments` measures.
+
+Index letters: n example, j parameter, k direction.
 """
 
 from __future__ import annotations
@@ -11,8 +35,11 @@ from typing import NamedTuple
 
 import tensorflow as tf
 
-from tf_gsnr import gradients
+from tf_gsnr import gradients, metrics
+from tf_gsnr.gradients import recalibration
 from tf_gsnr.gradients.losses import per_example_loss
+
+DIRECTIONS = 8  # [ours] of one set's estimate; of the M sets' independent ones the mean is taken
 
 
 class Descent(NamedTuple):
@@ -22,13 +49,20 @@ class Descent(NamedTuple):
       descend: `(chunks, steps, last_loss) -> (loss, rises)`: that many steps with the plain
         gradient; `loss` is the mean training loss before the last of them (float64), `rises` how
         often a step began at a higher loss than the one before, `last_loss` for the first.
+      recalibrate: `chunks -> None`: sets the batch-norm statistics to those of these data; what
+        `moments` and `losses` use. Nothing to do without batch normalisation.
       moments: `chunks -> Moments` of the per-example gradients, where the weights are.
+      terms: `(chunks, moments, seed) -> (gradient, terms)`: the gradient of the training loss, and
+        the two sums of (19), `noise` and `signal`; with batch normalisation also those of
+        `moments`, `noise_frozen` and `signal_frozen`. The `seed`, two integers, draws directions.
       step: `gradient -> None`: one step along a given mean gradient.
       losses: `chunks -> [chunks, batch]`, each example's loss.
     """
 
     descend: Callable
+    recalibrate: Callable
     moments: Callable
+    terms: Callable
     step: Callable
     losses: Callable
 
@@ -45,16 +79,20 @@ def build(model, loss, learning_rate: float, *, engine="auto", jit_compile=False
     loss_fn = per_example_loss(loss, model)
     measure = gradients.build_engine(model, loss, engine=engine, sign_counts=True)
     variables = model.trainable_variables
+    normalized = bool(recalibration.batch_norm_layers(model))
 
     def chunk_gradient(x, y, valid):
         with tf.GradientTape() as tape:
-            losses = tf.where(valid, loss_fn(y, model(x, training=False)), 0)
+            predictions, _ = recalibration.forward(model, x, valid)
+            losses = tf.where(valid, loss_fn(y, predictions), 0)
             total = tf.reduce_sum(losses)
         found = tape.gradient(total, variables, unconnected_gradients=tf.UnconnectedGradients.ZERO)
         # In float32 losses near 2.3 differ by 2e-7, and a step moves them by 1e-4.
         return tf.reduce_sum(tf.cast(losses, tf.float64)), found
 
     def mean_gradient(x, y, valid):
+        if normalized:
+            x, y, valid = (v[None] for v in _whole(x, y, valid))
         n = tf.math.count_nonzero(valid, dtype=tf.float64)
 
         def body(i, loss, gradient):
@@ -90,6 +128,12 @@ def build(model, loss, learning_rate: float, *, engine="auto", jit_compile=False
         return loss, rises
 
     @graph
+    def recalibrate(chunks):
+        x, _, valid = _whole(*chunks)
+        for variable, value in recalibration.forward(model, x, valid)[1]:
+            variable.assign(value)
+
+    @graph
     def moments(chunks):
         return gradients.accumulate(measure, model, chunks, sign_counts=True)
 
@@ -103,4 +147,54 @@ def build(model, loss, learning_rate: float, *, engine="auto", jit_compile=False
             parallel_iterations=1,
         )
 
-    return Descent(descend, moments, graph(step), losses)
+    @graph
+    def total_terms(chunks, seed):
+        x, y, valid = _whole(*chunks)
+        weights = tf.cast(valid, tf.float64)
+
+        def body(k, noise):
+            along = directions(variables, seed, k)
+            with tf.autodiff.ForwardAccumulator([v.value for v in variables], along) as forward:
+                losses = loss_fn(y, recalibration.forward(model, x, valid)[0])
+            slopes = tf.cast(forward.jvp(losses), tf.float64)  # v . G_n
+            return k + 1, noise + tf.nn.weighted_moments(slopes, [0], weights)[1]
+
+        _, noise = tf.while_loop(
+            lambda k, _: k < DIRECTIONS,
+            body,
+            (0, tf.constant(0, tf.float64)),
+            parallel_iterations=1,
+        )
+        _, gradient = mean_gradient(*chunks)
+        signal = tf.add_n([tf.reduce_sum(tf.square(tf.cast(g, tf.float64))) for g in gradient])
+        return gradient, noise / DIRECTIONS / tf.reduce_sum(weights), signal
+
+    def plain_terms(chunks, moments, seed):
+        return moments.mean, dict(zip(("noise", "signal"), metrics.osgr_terms(moments)))
+
+    def normalized_terms(chunks, moments, seed):
+        gradient, noise, signal = total_terms(chunks, tf.constant(seed))
+        frozen = zip(("noise_frozen", "signal_frozen"), metrics.osgr_terms(moments))
+        return gradient, dict(noise=float(noise), signal=float(signal), **dict(frozen))
+
+    if normalized:
+        return Descent(descend, recalibrate, moments, normalized_terms, graph(step), losses)
+    return Descent(descend, lambda chunks: None, moments, plain_terms, graph(step), losses)
+
+
+def directions(variables, seed, k) -> list:
+    """The k-th random direction of a seed: +1 or -1 for each parameter, shaped as the variables."""
+    fold_in = tf.random.experimental.stateless_fold_in
+    return [
+        tf.cast(
+            2 * tf.random.stateless_uniform(v.shape, fold_in(fold_in(seed, k), j), 0, 2, tf.int32)
+            - 1,
+            v.dtype,
+        )
+        for j, v in enumerate(variables)
+    ]
+
+
+def _whole(*chunks):
+    """Chunks `[chunks, batch, ...]` as one batch `[chunks * batch, ...]`."""
+    return [tf.reshape(v, [-1, *v.shape[2:]]) for v in chunks]
