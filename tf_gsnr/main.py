@@ -94,7 +94,7 @@ flags.DEFINE_enum(
 flags.DEFINE_string("model", None, "Which network. Default: the paper's for the data set.")
 _define_grid("n", int, "Training-set sizes.")
 _define_grid("p_random", float, "Probabilities with which a label is replaced by a random one.")
-_define_grid("width", int, "Widths of the network: p of table 2, hidden units on toy data.")
+_define_grid("width", int, "Widths of the network: p of tables 2 and 3, hidden units on toy data.")
 _define_grid("epochs", int, "Gradient-descent iterations at which both sides are measured.")
 flags.DEFINE_integer("training_sets", None, "M, the training sets a configuration has.")
 flags.DEFINE_float("learning_rate", None, "lambda, the step of full-batch gradient descent.")

@@ -3,29 +3,9 @@
 A data set is held as chunks `(x, y, valid)` with leading axes `[chunks, batch]`
 (`gradients.stack_chunks`), so that its size is no matter of memory.
 
-With batch normalisation. The statistics s are those of the whole training set D, at evaluation too
-(appendix A.2), so they are a function of the weights theta:
-
-    L[D](theta) = 1/n sum_n l_n(theta, s_D(theta)),    L[D'](theta) likewise, with the same s_D
-
-and a step follows the true gradient of L[D], which flows through s_D; the whole set is then one
-batch of the forward and of the backward pass. An example's own gradient, in (19), is likewise the
-total one,
-
-    G_n = dl_n/dtheta + dl_n/ds ds_D/dtheta
-
-for training and test examples alike: by its mean over D', times lambda, the test loss falls. Its
-mean over D is the step's gradient, but no backward pass hands out its variance: an example's part
-of the batch's gradient is what it does to all losses through s_D, not what all statistics do to
-its loss. Of (19) only the sum of the variances over the parameters is needed, and for any signs v
-
-    E_v Var_n(v . G_n) = sum_j rho2_j        v_j = +1 or -1, independent
-
-(Hutchinson 1990), where v . G_n, the slopes of all examples' losses along v, come from one forward
-pass in forward mode. The paper takes the statistics as constants instead ("we could not include
-them in the estimation of OSGR"), which is what `moments` measures.
-
-Index letters: n example, j parameter, k direction.
+With batch normalisation the statistics are those of the whole training set, at evaluation too. The
+set is then one batch of the forward and of the backward pass; the gradient flows through its
+statistics (`slopes` has the mathematics).
 """
 
 from __future__ import annotations
@@ -36,10 +16,9 @@ from typing import NamedTuple
 import tensorflow as tf
 
 from tf_gsnr import gradients, metrics
+from tf_gsnr.experiments import slopes
 from tf_gsnr.gradients import recalibration
 from tf_gsnr.gradients.losses import per_example_loss
-
-DIRECTIONS = 8  # [ours] of one set's estimate; of the M sets' independent ones the mean is taken
 
 
 class Descent(NamedTuple):
@@ -150,24 +129,15 @@ def build(model, loss, learning_rate: float, *, engine="auto", jit_compile=False
     @graph
     def total_terms(chunks, seed):
         x, y, valid = _whole(*chunks)
-        weights = tf.cast(valid, tf.float64)
 
-        def body(k, noise):
-            along = directions(variables, seed, k)
-            with tf.autodiff.ForwardAccumulator([v.value for v in variables], along) as forward:
-                losses = loss_fn(y, recalibration.forward(model, x, valid)[0])
-            slopes = tf.cast(forward.jvp(losses), tf.float64)  # v . G_n
-            return k + 1, noise + tf.nn.weighted_moments(slopes, [0], weights)[1]
+        def losses_of():
+            return loss_fn(y, recalibration.forward(model, x, valid)[0])
 
-        _, noise = tf.while_loop(
-            lambda k, _: k < DIRECTIONS,
-            body,
-            (0, tf.constant(0, tf.float64)),
-            parallel_iterations=1,
-        )
+        parameters = [v.value for v in variables]
+        noise = slopes.summed_variance(losses_of, parameters, valid, seed)
         _, gradient = mean_gradient(*chunks)
         signal = tf.add_n([tf.reduce_sum(tf.square(tf.cast(g, tf.float64))) for g in gradient])
-        return gradient, noise / DIRECTIONS / tf.reduce_sum(weights), signal
+        return gradient, noise / tf.math.count_nonzero(valid, dtype=tf.float64), signal
 
     def plain_terms(chunks, moments, seed):
         return moments.mean, dict(zip(("noise", "signal"), metrics.osgr_terms(moments)))
@@ -180,19 +150,6 @@ def build(model, loss, learning_rate: float, *, engine="auto", jit_compile=False
     if normalized:
         return Descent(descend, recalibrate, moments, normalized_terms, graph(step), losses)
     return Descent(descend, lambda chunks: None, moments, plain_terms, graph(step), losses)
-
-
-def directions(variables, seed, k) -> list:
-    """The k-th random direction of a seed: +1 or -1 for each parameter, shaped as the variables."""
-    fold_in = tf.random.experimental.stateless_fold_in
-    return [
-        tf.cast(
-            2 * tf.random.stateless_uniform(v.shape, fold_in(fold_in(seed, k), j), 0, 2, tf.int32)
-            - 1,
-            v.dtype,
-        )
-        for j, v in enumerate(variables)
-    ]
 
 
 def _whole(*chunks):

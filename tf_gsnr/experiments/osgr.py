@@ -262,7 +262,7 @@ def _descend_one_set(t, state, settings, workbench):
 
 
 def _measured_step(state, chunks):
-    """One step along the mean of the measured gradients; both sides of (19) around it."""
+    """One step along the gradient of the training loss; both sides of (19) around it."""
 
     def test_losses():
         return state.descent.losses(state.test).numpy().ravel()[: state.test_size].astype(float)
