@@ -157,6 +157,8 @@ def test_both_sides_against_a_float64_loop(run, source):
                         before[0],
                     ]
                 )
+    many = np.random.default_rng(0).choice([-1, 1], [own.shape[1], 4000])
+    assert (own @ many).var(0).mean() == pytest.approx(own.var(0).sum(), rel=0.1)  # Hutchinson
     for record in records:
         train, test, noise, signal, noise_c, signal_c, loss = np.mean(sums[record["epoch"]], 0)
         assert record["train_loss"] == pytest.approx(loss, rel=1e-5)
