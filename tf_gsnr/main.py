@@ -103,7 +103,7 @@ flags.DEFINE_string(
 )
 _define_grid("n", int, "Training-set sizes.")
 _define_grid("p_random", float, "Probabilities with which a label is replaced by a random one.")
-_define_grid("width", int, "Widths of the network: p of table 2, hidden units on toy data.")
+_define_grid("width", int, "Widths of the network: p of tables 2 and 3, hidden units on toy data.")
 _define_grid(
     "epochs",
     int,

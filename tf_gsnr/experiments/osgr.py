@@ -60,6 +60,15 @@ PAPER = {
         training_sets=10,  # [text]
         learning_rate=0.001,  # [reported]
     ),
+    "cifar10": dict(
+        model="cifar_cnn",  # table 3 [derived]
+        n=[2000, 4000, 6000, 8000, 10000],  # [ours]
+        p_random=[0.0, 0.1, 0.2, 0.3, 0.5],  # as for MNIST [ours]
+        width=[4, 6, 8, 12, 16],  # [ours]
+        epochs=[0, 20, 100, 500, 1000, 2500],  # [ours]
+        training_sets=10,  # as for MNIST [ours]
+        learning_rate=0.001,  # [reported]
+    ),
     "toy": dict(
         model="toy_mlp",  # [text]
         n=[100, 200, 500, 1000],  # [ours]
@@ -253,24 +262,25 @@ def _descend_one_set(t, state, settings, workbench):
 
 
 def _measured_step(state, chunks):
-    """One step along the mean of the measured gradients; both sides of (19) around it."""
+    """One step along the gradient of the training loss; both sides of (19) around it."""
 
     def test_losses():
         return state.descent.losses(state.test).numpy().ravel()[: state.test_size].astype(float)
 
     valid = chunks[2].numpy().ravel()
+    state.descent.recalibrate(chunks)
     moments = tf.nest.map_structure(np.asarray, state.descent.moments(chunks))
     before = test_losses()
     state.last_loss = float(moments.loss)
     _check_loss(state, state.epoch)
-    state.descent.step(moments.mean)
+    gradient, terms = state.descent.terms(chunks, moments, [state.t, state.epoch])
+    state.descent.step(gradient)
+    state.descent.recalibrate(chunks)
     after = test_losses()
     train_after = float(state.descent.losses(chunks).numpy().ravel()[valid].mean(dtype=np.float64))
-    noise, signal = metrics.osgr_terms(moments)
     state.epoch += 1
     row = metrics.summarize(moments, state.model) | {
-        "noise": noise,
-        "signal": signal,
+        **terms,
         "train_before": state.last_loss,
         "train_after": train_after,
         "test_before": before.mean(),
@@ -317,7 +327,11 @@ def _record(rows, test_decreases, learning_rate) -> dict:
         "loss_rises": rises,
         "small_step": bool(rises == 0 and abs(first_order - 1) <= FIRST_ORDER_TOLERANCE),
     }
-    taken = {"count", "loss", "osgr_predicted", "noise", "signal", "rises"}
+    if "noise_frozen" in rows[0]:
+        frozen, frozen_se = metrics.ratio_of_sums(column("noise_frozen"), column("signal_frozen"))
+        record |= {"osgr_predicted_frozen": 1 - frozen, "osgr_predicted_frozen_se": frozen_se}
+    taken = {"count", "loss", "osgr_predicted", "rises"}
+    taken |= {"noise", "signal", "noise_frozen", "signal_frozen"}
     for name in rows[0]:
         if name not in taken and not name.startswith(("train_", "test_")):
             record[name] = _mean(column(name))

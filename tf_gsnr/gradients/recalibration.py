@@ -1,8 +1,10 @@
-"""Batch-norm statistics of a whole data set, computed exactly, for the time of a measurement.
+"""Batch-norm statistics of a whole data set, computed exactly.
 
 The moving statistics of a layer lag behind its weights. Appendix A.2 of the paper evaluates with
 the mean and variance of the training set instead: layer by layer, since those of a layer depend on
-those of the layers before it. Index letters: a and b disjoint sets of examples.
+those of the layers before it. `whole_data_statistics` streams data of any size, for the time of a
+measurement; `forward` takes them in one pass inside a graph, and can be differentiated.
+Index letters: a and b disjoint sets of examples.
 """
 
 from __future__ import annotations
@@ -42,12 +44,69 @@ def whole_data_statistics(model: keras.Model, batches: Callable):
             variable.assign(value)
 
 
-def _in_order_of_calls(model, x):
-    layers = [
+def forward(model: keras.Model, x, valid=None) -> tuple:
+    """A forward pass in which `BatchNormalization` layers use the exact statistics of all of `x`.
+
+    For a graph, and for data whose activations fit into memory. The statistics are functions of the
+    weights here, so gradients of what is returned flow through them. No variable changes.
+
+    Args:
+      model: the model; its other layers are run in inference mode.
+      x: tensor `[examples, ...]`.
+      valid: bool `[examples]`, False for padding, which is no part of the statistics; None for all.
+
+    Returns:
+      `(predictions, statistics)`: statistics is a list of `(moving variable, value)`.
+
+    Example:
+
+    >>> model = keras.Sequential([keras.Input([1]), keras.layers.BatchNormalization()])
+    >>> _, statistics = forward(model, tf.constant([[1.0], [3.0]]))
+    >>> [(v.name, float(value[0])) for v, value in statistics]
+    [('moving_mean', 2.0), ('moving_variance', 1.0)]
+    """
+    layers = batch_norm_layers(model)
+
+    def recalibrated(layer):
+        call = layer.call
+
+        def with_own_statistics(inputs, *args, **kwargs):
+            mean, variance = _differentiable_moments(inputs, layer.axis, valid)
+            layer.moving_mean.assign(mean)  # in the scope only
+            layer.moving_variance.assign(variance)
+            return call(inputs, *args, **{**kwargs, "training": False})
+
+        return with_own_statistics
+
+    state = [(v, tf.convert_to_tensor(v.value)) for v in model.variables]
+    with contract.replaced_calls([(layer, recalibrated(layer)) for layer in layers]):
+        with keras.StatelessScope(state_mapping=state) as scope:
+            predictions = model(x, training=False)
+    moving = [v for layer in layers for v in (layer.moving_mean, layer.moving_variance)]
+    return predictions, [(v, scope.get_current_value(v)) for v in moving]
+
+
+def batch_norm_layers(model) -> list:
+    """All of the model's `BatchNormalization` layers, those that do not train included."""
+    return [
         layer
         for layer in contract.sublayers(model)
         if isinstance(layer, keras.layers.BatchNormalization)
     ]
+
+
+def _differentiable_moments(inputs, axis, valid):
+    """`(mean, variance)` per channel of the valid examples."""
+    rank = inputs.shape.rank
+    axes = [a for a in range(rank) if a != axis % rank]
+    if valid is None:
+        return tf.nn.moments(inputs, axes)
+    weights = tf.reshape(tf.cast(valid, inputs.dtype), [-1] + [1] * (rank - 1))
+    return tf.nn.weighted_moments(inputs, axes, weights)
+
+
+def _in_order_of_calls(model, x):
+    layers = batch_norm_layers(model)
     seen = {}
 
     def noting(layer):

@@ -4,9 +4,16 @@ from __future__ import annotations
 
 import numpy as np
 
+from tf_gsnr.plots.claims import Claim, verdict
 from tf_gsnr.plots.style import by, column, pearson, plt
 
 MARKERS = "osD^vP*X"
+FIGURES = {"mnist": "figure 4", "cifar10": "figure 9", "toy": "figure 11"}
+
+# With batch normalisation (24) is there twice: with the statistics as constants, which is the
+# paper's, and as what they are, functions of the weights.
+FROZEN = "osgr_predicted_frozen"
+PREDICTED = {FROZEN: "statistics constant", "osgr_predicted": "statistics follow the weights"}
 
 
 def summary(records: list[dict]) -> dict:
@@ -16,23 +23,26 @@ def summary(records: list[dict]) -> dict:
       A dict of dicts by epoch (as text): `pearson`; `measured_minus_predicted`, the mean over the
       configurations; `within_two_se`, the share whose difference is under two standard errors;
       `small_step`, the share of configurations still in the small-step regime; `configurations`.
+      With batch normalisation also `frozen`, the first three with its statistics as constants.
     """
-    found = {
-        "pearson": {},
-        "measured_minus_predicted": {},
-        "within_two_se": {},
-        "small_step": {},
-        "configurations": {},
-    }
+    found = _agreement(records, "osgr_predicted") | {"small_step": {}, "configurations": {}}
     for epoch, group in by(records, "epoch").items():
-        measured, predicted = column(group, "osgr_measured"), column(group, "osgr_predicted")
-        se = np.hypot(column(group, "osgr_measured_se"), column(group, "osgr_predicted_se"))
+        found["small_step"][str(epoch)] = float(np.mean([r["small_step"] for r in group]))
+        found["configurations"][str(epoch)] = len(group)
+    if all(FROZEN in r for r in records):
+        found["frozen"] = _agreement(records, FROZEN)
+    return found
+
+
+def _agreement(records, field) -> dict:
+    found = {"pearson": {}, "measured_minus_predicted": {}, "within_two_se": {}}
+    for epoch, group in by(records, "epoch").items():
+        measured, predicted = column(group, "osgr_measured"), column(group, field)
+        se = np.hypot(column(group, "osgr_measured_se"), column(group, f"{field}_se"))
         key = str(epoch)
         found["pearson"][key] = pearson(predicted, measured)
         found["measured_minus_predicted"][key] = float(np.mean(measured - predicted))
         found["within_two_se"][key] = float(np.mean(np.abs(measured - predicted) < 2 * se))
-        found["small_step"][key] = float(np.mean([r["small_step"] for r in group]))
-        found["configurations"][key] = len(group)
     return found
 
 
@@ -42,22 +52,114 @@ def table(records: list[dict]) -> str:
     lines = ["  epoch  Pearson  measured - predicted  within 2 s.e.  small step  configurations"]
     for epoch in s["pearson"]:
         lines.append(
-            f"{epoch:>7}  {s['pearson'][epoch]:7.3f}  {s['measured_minus_predicted'][epoch]:+20.3f}"
-            f"  {s['within_two_se'][epoch]:12.0%}  {s['small_step'][epoch]:10.0%}"
-            f"  {s['configurations'][epoch]:14d}"
+            f"{_row(s, epoch)}  {s['small_step'][epoch]:10.0%}  {s['configurations'][epoch]:14d}"
         )
+    if "frozen" in s:
+        lines += ["predicted with the batch-norm statistics as constants:"]
+        lines += [_row(s["frozen"], epoch) for epoch in s["pearson"]]
     return "\n".join(lines)
+
+
+def _row(found, epoch):
+    return (
+        f"{epoch:>7}  {found['pearson'][epoch]:7.3f}"
+        f"  {found['measured_minus_predicted'][epoch]:+20.3f}"
+        f"  {found['within_two_se'][epoch]:12.0%}"
+    )
+
+
+def claims(records: list[dict]) -> list[Claim]:
+    """What section 2.4 and appendix A say of the figure of this data set, and what we find.
+
+    Configurations beyond the small-step regime are left out: the measured side means nothing there.
+    """
+    where = FIGURES.get(records[0]["dataset"], records[0]["dataset"])
+    small = [r for r in records if r["small_step"]]
+    small = [r for g in by(small, "epoch").values() if len(g) > 2 for r in g]
+    if not small:
+        return []
+    why = ""
+    if len(small) < len(records):
+        left_out = len(records) - len(small)
+        why = f"{left_out} of {len(records)} points left out, whose steps were too large"
+    frozen = all(FROZEN in r for r in small)
+    field = FROZEN if frozen else "osgr_predicted"
+    near, distance = _near_the_diagonal(small, field)
+    low, correlation = _correlation(small, field)
+    if not frozen:
+        reported = "0.907 to 0.968 [reported]" if where == "figure 4" else "high [text]"
+        return [
+            Claim(
+                where,
+                "early in training the points lie along the diagonal",
+                "along the diagonal [text]",
+                distance,
+                verdict(near >= 0.8, near >= 0.5),
+                why,
+            ),
+            Claim(
+                where,
+                "predicted and measured OSGR stay correlated as training goes on",
+                f"Pearson {reported}",
+                correlation,
+                verdict(low >= 0.9, low >= 0.7),
+                why,
+            ),
+        ]
+    follow = "with statistics that follow the weights: "
+    return [
+        Claim(
+            where,
+            "with batch norm the points do not lie on the diagonal, even early",
+            "off the diagonal [text]",
+            distance,
+            verdict(near < 0.5, near < 0.8),
+            follow + _near_the_diagonal(small, "osgr_predicted")[1],
+        ),
+        Claim(
+            where,
+            "with batch norm predicted and measured OSGR are strongly correlated",
+            "strong positive correlation [text]",
+            correlation,
+            verdict(low >= 0.8, low >= 0.5),
+            "; ".join(filter(None, [follow + _correlation(small, "osgr_predicted")[1], why])),
+        ),
+    ]
+
+
+def _near_the_diagonal(records, field):
+    """At the first epoch: the share of points within two standard errors; the same in words."""
+    found = _agreement(records, field)
+    epoch = next(iter(found["pearson"]))
+    near = found["within_two_se"][epoch]
+    mean = found["measured_minus_predicted"][epoch]
+    return near, (
+        f"epoch {epoch}: measured - predicted {mean:+.3f} on average, {near:.0%} of the points "
+        "within 2 s.e."
+    )
+
+
+def _correlation(records, field):
+    """The smallest Pearson correlation of all epochs; all of them in words."""
+    found = _agreement(records, field)["pearson"]
+    values = ", ".join(f"{value:.3f}" for value in found.values())
+    groups = [len(group) for group in by(records, "epoch").values()]
+    points = f"{min(groups)} to {max(groups)}" if min(groups) < max(groups) else f"{groups[0]}"
+    text = f"Pearson {values} at epochs {', '.join(found)}, of {points} points"
+    return min(found.values()), text
 
 
 def figure(records: list[dict]) -> plt.Figure:
     """Figure 4 (and 9, 11): a panel per epoch, a point per configuration, measured over predicted.
 
     Colour is n, marker is p_random, error bars are one standard error; hollow points have left the
-    small-step regime. All panels share their axes.
+    small-step regime. All panels share their axes. With batch normalisation there are rows of
+    panels for its statistics as constants, and as functions of the weights.
     """
     epochs = by(records, "epoch")
+    fields = PREDICTED if all(FROZEN in r for r in records) else {"osgr_predicted": ""}
     columns = min(len(epochs), 3)
-    rows = -(-len(epochs) // columns)
+    rows = -(-len(epochs) // columns) * len(fields)
     drawn, axes = plt.subplots(
         rows,
         columns,
@@ -71,14 +173,17 @@ def figure(records: list[dict]) -> plt.Figure:
     noises = sorted({r["p_random"] for r in records})
     colours = dict(zip(sizes, plt.cm.viridis(np.linspace(0, 0.9, len(sizes)))))
     markers = dict(zip(noises, (MARKERS * len(noises))[: len(noises)]))
-    low, high = _limits(records)
-    for axis, (epoch, group) in zip(axes.flat, epochs.items()):
+    low, high = _limits(records, ["osgr_measured", *fields])
+    blocks = zip(np.split(axes, len(fields)), fields.items())
+    panels = [(a, e, f) for block, f in blocks for a, e in zip(block.flat, epochs)]
+    for axis, epoch, (field, label) in panels:
+        group = epochs[epoch]
         axis.plot([low, high], [low, high], "--", color="0.6", linewidth=1, zorder=0)
         for r in group:
             axis.errorbar(
-                r["osgr_predicted"],
+                r[field],
                 r["osgr_measured"],
-                xerr=_error(r["osgr_predicted_se"]),
+                xerr=_error(r[f"{field}_se"]),
                 yerr=_error(r["osgr_measured_se"]),
                 fmt=markers[r["p_random"]],
                 color=colours[r["n"]],
@@ -87,13 +192,14 @@ def figure(records: list[dict]) -> plt.Figure:
                 elinewidth=0.8,
                 alpha=0.9,
             )
-        value = pearson(column(group, "osgr_predicted"), column(group, "osgr_measured"))
-        axis.set_title(f"epoch {epoch}", fontsize=11)
-        axis.text(0.04, 0.94, f"Pearson {value:.3f}", transform=axis.transAxes, va="top")
+        value = pearson(column(group, field), column(group, "osgr_measured"))
+        axis.set_title(f"epoch {epoch}" + (label and f", {label}"), fontsize=11 - bool(label))
+        axis.text(0.96, 0.05, f"Pearson {value:.3f}", transform=axis.transAxes, ha="right")
         axis.set(xlim=(low, high), ylim=(low, high), aspect="equal")
         axis.grid(alpha=0.25)
-    for axis in list(axes.flat)[len(epochs) :]:
-        axis.set_visible(False)
+    used = [axis for axis, _, _ in panels]
+    for axis in axes.flat:
+        axis.set_visible(axis in used)
     for place, axis in enumerate(axes[-1]):
         if not axis.get_visible():
             axes[-2][place].xaxis.set_tick_params(labelbottom=True)
@@ -126,9 +232,9 @@ def _error(se):
     return se if np.isfinite(se) else None
 
 
-def _limits(records):
+def _limits(records, fields):
     """Axes that hold all points, whatever outliers' error bars do."""
-    values = np.concatenate([column(records, k) for k in ("osgr_measured", "osgr_predicted")])
+    values = np.concatenate([column(records, k) for k in fields])
     values = values[np.isfinite(values)]
     if not len(values):
         return 0.0, 1.0
