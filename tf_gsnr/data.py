@@ -269,8 +269,9 @@ def _read_tfds(name, data_dir):
     features = builder.info.features
     if builder.info.supervised_keys != ("image", "label") or None in features["image"].shape:
         raise ValueError(
-            f"dataset {name!r} has the features {dict(features)}; expected an image, of one size "
-            "for all examples, and a label"
+            f"dataset {name!r} has the features {', '.join(features)}"
+            + (f", images of shape {features['image'].shape}" if "image" in features else "")
+            + "; expected an image, of one size for all examples, and a label"
         )
     there = builder.is_prepared()
     if not there:

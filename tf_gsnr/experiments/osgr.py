@@ -215,7 +215,7 @@ def _network(configuration, settings, workbench):
         model = models.build(
             settings.model, source.input_shape, source.outputs, width, settings.seed
         )
-        loss = "mse" if source.classes is None else _cross_entropy
+        loss = "mse" if source.classes is None else models.cross_entropy
         options = dict(engine=workbench.engine, jit_compile=workbench.jit_compile)
         functions = descent.build(model, loss, settings.learning_rate, **options)
         workbench.traced[width] = model, functions, model.get_weights()
@@ -346,8 +346,3 @@ def _mean(values):
 
 def _chunks(x, y, batch_size):
     return tuple(map(tf.constant, gradients.stack_chunks(x, y, batch_size)))
-
-
-def _cross_entropy(y_true, y_pred):
-    """Softmax cross-entropy with integer labels, from logits, `[batch]`."""
-    return tf.nn.sparse_softmax_cross_entropy_with_logits(labels=y_true, logits=y_pred)
