@@ -91,6 +91,14 @@ flags.DEFINE_enum(
     ["auto", "true", "false"],
     "Compile with XLA; auto: on an accelerator and not on a CPU.",
 )
+flags.DEFINE_integer(
+    "replicas",
+    None,
+    "osgr: how many training sets' models train as one program, compiled by XLA; speed and memory "
+    "only. Default: all of them, where the network has neither convolutions nor recurrent layers, "
+    "for which it does not pay; else 1. benchmarks/experiments.py measures both.",
+    lower_bound=1,
+)
 flags.DEFINE_string("model", None, "Which network. Default: the paper's for the data set.")
 _define_grid("n", int, "Training-set sizes.")
 _define_grid("p_random", float, "Probabilities with which a label is replaced by a random one.")
@@ -213,7 +221,7 @@ def _go_through(experiment, configurations, settings, source, directory, jit):
 
     works = [experiment.work(c, settings) for c in configurations]
     bar = progress.Progress(sum(works))
-    bench = Workbench(source, directory, bar, FLAGS.engine, jit, traced={})
+    bench = Workbench(source, directory, bar, FLAGS.engine, jit, FLAGS.replicas, traced={})
     written = directory.records()
     for index, (configuration, work) in enumerate(zip(configurations, works)):
         epochs = {r["epoch"] for r in written if all(r[k] == v for k, v in configuration.items())}

@@ -1,28 +1,193 @@
 """Full-batch gradient descent on the per-example loss, with its loop in the graph.
 
 A data set is held as chunks `(x, y, valid)` with leading axes `[chunks, batch]`
-(`gradients.stack_chunks`), so that its size is no matter of memory.
+(`gradients.stack_chunks`), so that its size is no matter of memory. M models of one network descend
+as one program, each on a training set of its own (`build_replicas`); a single model is M = 1
+(`build`).
+
+Index letters: m replica (M in all), i chunk.
 """
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import NamedTuple
 
+import keras
 import tensorflow as tf
 
 from tf_gsnr import gradients
+from tf_gsnr.experiments import replicas
 from tf_gsnr.gradients.losses import per_example_loss
+from tf_gsnr.moments import Moments
+
+
+class Replicas(NamedTuple):
+    """What `build_replicas` returns: functions of the M models' weights.
+
+    `weights` are the arrays of `model.get_weights()`, `own` are chunks `(x, y, valid)`, each but
+    `valid` with a leading axis M: the training sets are of one size.
+
+    Attributes:
+      descend: `(weights, own, steps, last_loss) -> (weights, loss, rises)`: that many steps with
+        the plain gradient; `loss` `[M]` is the mean training loss before the last of them
+        (float64), `rises` `[M]` how often a step began at a higher loss than the one before,
+        `last_loss` `[M]` for the first.
+      moments: `(weights, own) -> Moments` of the per-example gradients, each with an axis M.
+      step: `(weights, gradient) -> weights`: one step along given mean gradients.
+      loss: `(weights, own) -> [M]`, the mean training loss (float64).
+      losses: `(weights, chunks) -> [M, chunks, batch]`, each example's loss on one data set that
+        all models share.
+    """
+
+    descend: Callable
+    moments: Callable
+    step: Callable
+    loss: Callable
+    losses: Callable
+
+
+def build_replicas(
+    model, loss, learning_rate: float, m: int, *, engine="auto", jit_compile=False
+) -> Replicas:
+    """Gradient descent `theta <- theta - learning_rate g` of many models on mean losses.
+
+    Args:
+      model: a built Keras model, run in inference mode; its own weights are neither read nor
+        changed.
+      loss: see `tf_gsnr.gradient_moments`.
+      learning_rate: lambda.
+      m: how many models. XLA compiles the descent of several, whatever `jit_compile` is.
+      engine, jit_compile: see `tf_gsnr.gradient_moments`.
+    """
+    loss_fn = per_example_loss(loss, model)
+    measure = gradients.build_engine(model, loss, engine=engine, sign_counts=True)
+    places = {id(v): k for k, v in enumerate(model.weights)}
+    trainable = [places[id(v)] for v in model.trainable_variables]
+    each = replicas.each
+
+    def at(weights):
+        return keras.StatelessScope(state_mapping=list(zip(model.weights, weights)))
+
+    def chunk_losses(weights, x, y):
+        with at(weights):
+            return loss_fn(y, model(x, training=False))
+
+    def summed(losses, valid):
+        # In float32 losses near 2.3 differ by 2e-7, and a step moves them by 1e-4.
+        return tf.reduce_sum(tf.cast(tf.where(valid, losses, 0), tf.float64))
+
+    def chunk_gradient(weights, x, y, valid):
+        parameters = [weights[k] for k in trainable]
+        with tf.GradientTape(watch_accessed_variables=False) as tape:
+            tape.watch(parameters)
+            losses = chunk_losses(weights, x, y)
+            total = tf.reduce_sum(tf.where(valid, losses, 0))
+        found = tape.gradient(total, parameters, unconnected_gradients=tf.UnconnectedGradients.ZERO)
+        return summed(losses, valid), [tf.convert_to_tensor(g) for g in found]
+
+    def chunk_moments(weights, x, y, valid):
+        with at(weights):
+            return measure(x, y, None, valid).moments
+
+    def over_chunks(function, add, weights, x, y, valid):
+        """`function` of each replica and chunk, added up over the chunks."""
+
+        def chunk(i):
+            return each(lambda w, x, y: function(w, x[i], y[i], valid[i]), weights, x, y)
+
+        if valid.shape[0] == 1:
+            return chunk(0)
+        return tf.while_loop(
+            lambda i, _: i < tf.shape(valid)[0],
+            lambda i, total: (i + 1, add(total, chunk(i))),
+            (1, chunk(0)),
+            parallel_iterations=1,
+        )[1]
+
+    def plus(a, b):
+        return tf.nest.map_structure(operator.add, a, b)
+
+    def step(weights, gradient):
+        weights = list(weights)
+        for k, g in zip(trainable, gradient):
+            weights[k] -= learning_rate * tf.cast(g, weights[k].dtype)
+        return weights
+
+    def descend(own, shared):
+        (weights, x, y, last_loss), (valid, steps) = own, shared
+        n = tf.math.count_nonzero(valid, dtype=tf.float64)
+
+        def body(i, weights, previous, rises):
+            loss, gradient = over_chunks(chunk_gradient, plus, weights, x, y, valid)
+            loss /= n
+            weights = step(weights, [g / tf.cast(n, g.dtype) for g in gradient])
+            return i + 1, weights, loss, rises + tf.cast(loss > previous, tf.int32)
+
+        return tf.while_loop(
+            lambda i, *_: i < steps,
+            body,
+            (0, weights, last_loss, tf.zeros_like(last_loss, tf.int32)),
+            parallel_iterations=1,
+        )[1:]
+
+    def moments(own, shared):
+        def merge(a, b):
+            return each(Moments.merge, a, b)
+
+        return over_chunks(chunk_moments, merge, *own, *shared)
+
+    def mean_loss(own, shared):
+        def chunk(weights, x, y, valid):
+            return summed(chunk_losses(weights, x, y), valid)
+
+        n = tf.math.count_nonzero(*shared, dtype=tf.float64)
+        return over_chunks(chunk, plus, *own, *shared) / n
+
+    def losses(own, shared):
+        def chunk(data):
+            return each(lambda weights: chunk_losses(weights, *data), *own)
+
+        (weights,), (x, y, valid) = own, shared
+        shape = [weights[0].shape[0], valid.shape[1]]
+        signature = tf.TensorSpec(shape, weights[0].dtype)
+        found = tf.map_fn(chunk, (x, y), fn_output_signature=signature, parallel_iterations=1)
+        return tf.transpose(found, [1, 0, 2])
+
+    def grouped(function, x_of, jit_compile):
+        def size_of(own, shared):
+            return replicas.group_size(model, x_of(own, shared))
+
+        return replicas.grouped(function, size_of, jit_compile)
+
+    def own_x(own, shared):
+        return own[1][0, 0]
+
+    fused = jit_compile or m > 1
+    descend = grouped(descend, own_x, fused)
+    mean_loss = grouped(mean_loss, own_x, jit_compile)
+    losses = grouped(losses, lambda own, shared: shared[0][0], fused)
+    # An engine chooses its way by what it finds in the data, which has no vectorised form; and
+    # moments are rare.
+    moments = replicas.grouped(moments, lambda own, shared: 1, jit_compile)
+    return Replicas(
+        lambda weights, own, steps, last_loss: descend(
+            (list(weights), *own[:2], last_loss), (own[2], steps)
+        ),
+        lambda weights, own: moments((list(weights), *own[:2]), (own[2],)),
+        step,
+        lambda weights, own: mean_loss((list(weights), *own[:2]), (own[2],)),
+        lambda weights, chunks: losses((list(weights),), tuple(chunks)),
+    )
 
 
 class Descent(NamedTuple):
-    """What `build` returns.
+    """What `build` returns: functions of one model, where its weights are.
 
     Attributes:
-      descend: `(chunks, steps, last_loss) -> (loss, rises)`: that many steps with the plain
-        gradient; `loss` is the mean training loss before the last of them (float64), `rises` how
-        often a step began at a higher loss than the one before, `last_loss` for the first.
-      moments: `chunks -> Moments` of the per-example gradients, where the weights are.
+      descend: `(chunks, steps, last_loss) -> (loss, rises)`, as in `Replicas`.
+      moments: `chunks -> Moments` of the per-example gradients.
       step: `gradient -> None`: one step along a given mean gradient.
       losses: `chunks -> [chunks, batch]`, each example's loss.
     """
@@ -34,73 +199,32 @@ class Descent(NamedTuple):
 
 
 def build(model, loss, learning_rate: float, *, engine="auto", jit_compile=False) -> Descent:
-    """Gradient descent `theta <- theta - learning_rate g` of a model on mean losses.
+    """Gradient descent of one model, whose weights it reads and assigns; see `build_replicas`."""
+    one = build_replicas(model, loss, learning_rate, 1, engine=engine, jit_compile=jit_compile)
 
-    Args:
-      model: a built Keras model, run in inference mode.
-      loss: see `tf_gsnr.gradient_moments`.
-      learning_rate: lambda.
-      engine, jit_compile: see `tf_gsnr.gradient_moments`.
-    """
-    loss_fn = per_example_loss(loss, model)
-    measure = gradients.build_engine(model, loss, engine=engine, sign_counts=True)
-    variables = model.trainable_variables
+    def weights():
+        return [tf.expand_dims(v.value, 0) for v in model.weights]
 
-    def chunk_gradient(x, y, valid):
-        with tf.GradientTape() as tape:
-            losses = tf.where(valid, loss_fn(y, model(x, training=False)), 0)
-            total = tf.reduce_sum(losses)
-        found = tape.gradient(total, variables, unconnected_gradients=tf.UnconnectedGradients.ZERO)
-        # In float32 losses near 2.3 differ by 2e-7, and a step moves them by 1e-4.
-        return tf.reduce_sum(tf.cast(losses, tf.float64)), found
+    def own(chunks):
+        x, y, valid = chunks
+        return tf.expand_dims(x, 0), tf.expand_dims(y, 0), valid
 
-    def mean_gradient(x, y, valid):
-        n = tf.math.count_nonzero(valid, dtype=tf.float64)
+    def assign(weights):
+        for variable, value in zip(model.weights, weights):
+            variable.assign(value[0])
 
-        def body(i, loss, gradient):
-            more_loss, more = chunk_gradient(x[i], y[i], valid[i])
-            return i + 1, loss + more_loss, [a + b for a, b in zip(gradient, more)]
+    def descend(chunks, steps, last_loss):
+        found, loss, rises = one.descend(weights(), own(chunks), steps, last_loss[tf.newaxis])
+        assign(found)
+        return loss[0], rises[0]
 
-        start = (1, *chunk_gradient(x[0], y[0], valid[0]))
-        if valid.shape[0] != 1:
-            start = tf.while_loop(lambda i, *_: i < tf.shape(valid)[0], body, start)
-        _, loss, gradient = start
-        return loss / n, [g / tf.cast(n, g.dtype) for g in gradient]
+    def moments(chunks):
+        return tf.nest.map_structure(lambda v: v[0], one.moments(weights(), own(chunks)))
 
     def step(gradient):
-        for variable, g in zip(variables, gradient):
-            variable.assign_sub(learning_rate * tf.cast(g, variable.dtype))
+        assign(one.step(weights(), [g[tf.newaxis] for g in gradient]))
 
-    def graph(function):
-        # A grid goes through data sets of several sizes: after the second, one trace serves all.
-        return tf.function(
-            function, jit_compile=jit_compile, autograph=False, reduce_retracing=True
-        )
-
-    @graph
-    def descend(chunks, steps, last_loss):
-        def body(i, previous, rises):
-            loss, gradient = mean_gradient(*chunks)
-            step(gradient)
-            return i + 1, loss, rises + tf.cast(loss > previous, tf.int32)
-
-        _, loss, rises = tf.while_loop(
-            lambda i, *_: i < steps, body, (0, last_loss, 0), parallel_iterations=1
-        )
-        return loss, rises
-
-    @graph
-    def moments(chunks):
-        return gradients.accumulate(measure, model, chunks, sign_counts=True)
-
-    @graph
     def losses(chunks):
-        x, y, valid = chunks
-        return tf.map_fn(
-            lambda chunk: loss_fn(chunk[1], model(chunk[0], training=False)),
-            (x, y),
-            fn_output_signature=tf.TensorSpec(valid.shape[1:], variables[0].dtype),
-            parallel_iterations=1,
-        )
+        return one.losses(weights(), chunks)[0]
 
-    return Descent(descend, moments, graph(step), losses)
+    return Descent(descend, moments, step, losses)
