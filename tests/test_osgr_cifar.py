@@ -124,7 +124,7 @@ class Loop:
 
 def test_both_sides_against_a_float64_loop(run, source):
     settings, work, records = run
-    ((model, _, initial),) = work.traced.values()
+    ((model, _, initial, _),) = work.traced.values()
 
     def stream(i):
         return np.random.default_rng([0, TRAIN, 300_000, 2, i])
@@ -181,9 +181,12 @@ def _signs(model, t, epoch):
 
 def test_statistics_are_exact_whatever_the_chunks(run, source):
     _, work, _ = run
-    ((model, functions, _),) = work.traced.values()
+    ((model, functions, initial, _),) = work.traced.values()
     x, y = source.draw(TRAIN, np.random.default_rng(3))
-    functions.recalibrate(tuple(map(tf.constant, gradients.stack_chunks(x, y, 5))))
+    chunks, labels, valid = map(tf.constant, gradients.stack_chunks(x, y, 5))
+    weights = [w[tf.newaxis] for w in map(tf.constant, initial)]
+    found = functions.recalibrate(weights, (chunks[tf.newaxis], labels[tf.newaxis], valid))
+    model.set_weights([w[0] for w in found])
     moving = [np.array(v) for v in model.non_trainable_variables]
 
     def batches():

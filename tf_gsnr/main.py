@@ -94,6 +94,14 @@ flags.DEFINE_enum(
     ["auto", "true", "false"],
     "Compile with XLA; auto: on an accelerator and not on a CPU.",
 )
+flags.DEFINE_integer(
+    "replicas",
+    None,
+    "osgr: how many training sets' models train as one program, compiled by XLA; speed and memory "
+    "only. Default: all of them, where the network has neither convolutions nor recurrent layers, "
+    "for which it does not pay; else 1. benchmarks/experiments.py measures both.",
+    lower_bound=1,
+)
 flags.DEFINE_string(
     "model",
     None,
@@ -253,7 +261,7 @@ def run(argv):
         f"{FLAGS.experiment} on {FLAGS.dataset}: {len(chosen)} configurations into "
         f"{directory.path}; engine {FLAGS.engine}, XLA {'on' if jit else 'off'}"
     )
-    options = dict(engine=FLAGS.engine, jit_compile=jit)
+    options = dict(engine=FLAGS.engine, jit_compile=jit, replicas=FLAGS.replicas)
     runner.go_through(experiment, settings, chosen, source, directory, **options)
     return _finish(directory)
 

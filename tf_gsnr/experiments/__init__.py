@@ -36,6 +36,7 @@ class Workbench(NamedTuple):
       progress: `progress.Progress`, told of work in the units of the experiment's `work`.
       engine: the name of the engine.
       jit_compile: whether XLA compiles.
+      replicas: how many training sets' models train as one program; None for the best number.
       traced: what an experiment keeps between configurations, so as to trace each network once.
     """
 
@@ -44,6 +45,7 @@ class Workbench(NamedTuple):
     progress: Any
     engine: str = "auto"
     jit_compile: bool = False
+    replicas: int | None = None
     traced: dict = {}
 
 

@@ -1,41 +1,55 @@
 """Full-batch gradient descent on the per-example loss, with its loop in the graph.
 
 A data set is held as chunks `(x, y, valid)` with leading axes `[chunks, batch]`
-(`gradients.stack_chunks`), so that its size is no matter of memory.
+(`gradients.stack_chunks`), so that its size is no matter of memory. M models of one network descend
+as one program, each on a training set of its own (`build_replicas`); a single model is M = 1
+(`build`).
 
 With batch normalisation the statistics are those of the whole training set, at evaluation too. The
 set is then one batch of the forward and of the backward pass; the gradient flows through its
 statistics (`slopes` has the mathematics).
+
+Index letters: m replica (M in all), i chunk.
 """
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import NamedTuple
 
+import keras
+import numpy as np
 import tensorflow as tf
 
 from tf_gsnr import gradients, metrics
-from tf_gsnr.experiments import slopes
+from tf_gsnr.experiments import replicas, slopes
 from tf_gsnr.gradients import recalibration
 from tf_gsnr.gradients.losses import per_example_loss
+from tf_gsnr.moments import Moments
 
 
-class Descent(NamedTuple):
-    """What `build` returns.
+class Replicas(NamedTuple):
+    """What `build_replicas` returns: functions of the M models' weights.
+
+    `weights` are the arrays of `model.get_weights()`, `own` are chunks `(x, y, valid)`, each but
+    `valid` with a leading axis M: the training sets are of one size.
 
     Attributes:
-      descend: `(chunks, steps, last_loss) -> (loss, rises)`: that many steps with the plain
-        gradient; `loss` is the mean training loss before the last of them (float64), `rises` how
-        often a step began at a higher loss than the one before, `last_loss` for the first.
-      recalibrate: `chunks -> None`: sets the batch-norm statistics to those of these data; what
-        `moments` and `losses` use. Nothing to do without batch normalisation.
-      moments: `chunks -> Moments` of the per-example gradients, where the weights are.
-      terms: `(chunks, moments, seed) -> (gradient, terms)`: the gradient of the training loss, and
-        the two sums of (19), `noise` and `signal`; with batch normalisation also those of
-        `moments`, `noise_frozen` and `signal_frozen`. The `seed`, two integers, draws directions.
-      step: `gradient -> None`: one step along a given mean gradient.
-      losses: `chunks -> [chunks, batch]`, each example's loss.
+      descend: `(weights, own, steps, last_loss) -> (weights, loss, rises)`: that many steps with
+        the plain gradient; `loss` `[M]` is the mean training loss before the last of them
+        (float64), `rises` `[M]` how often a step began at a higher loss than the one before,
+        `last_loss` `[M]` for the first.
+      recalibrate: `(weights, own) -> weights`, with the batch-norm statistics of the training set;
+        what `moments` and `losses` use. Nothing changes without batch normalisation.
+      moments: `(weights, own) -> Moments` of the per-example gradients, each with an axis M.
+      terms: `(weights, own, moments, seeds) -> (gradient, [dict] * M)`: the gradient of the
+        training loss, and the two sums of (19), `noise` and `signal`; with batch normalisation also
+        those of `moments`, `noise_frozen` and `signal_frozen`. The seeds `[M, 2]` draw directions.
+      step: `(weights, gradient) -> weights`: one step along given mean gradients.
+      loss: `(weights, own) -> [M]`, the mean training loss (float64).
+      losses: `(weights, chunks) -> [M, chunks, batch]`, each example's loss on one data set that
+        all models share.
     """
 
     descend: Callable
@@ -43,115 +57,253 @@ class Descent(NamedTuple):
     moments: Callable
     terms: Callable
     step: Callable
+    loss: Callable
     losses: Callable
 
 
-def build(model, loss, learning_rate: float, *, engine="auto", jit_compile=False) -> Descent:
-    """Gradient descent `theta <- theta - learning_rate g` of a model on mean losses.
+def build_replicas(
+    model, loss, learning_rate: float, m: int, *, engine="auto", jit_compile=False
+) -> Replicas:
+    """Gradient descent `theta <- theta - learning_rate g` of many models on mean losses.
 
     Args:
-      model: a built Keras model, run in inference mode.
+      model: a built Keras model, run in inference mode; its own weights are neither read nor
+        changed.
       loss: see `tf_gsnr.gradient_moments`.
       learning_rate: lambda.
+      m: how many models. XLA compiles the descent of several, whatever `jit_compile` is.
       engine, jit_compile: see `tf_gsnr.gradient_moments`.
     """
     loss_fn = per_example_loss(loss, model)
     measure = gradients.build_engine(model, loss, engine=engine, sign_counts=True)
-    variables = model.trainable_variables
+    places = {id(v): k for k, v in enumerate(model.weights)}
+    trainable = [places[id(v)] for v in model.trainable_variables]
+    each = replicas.each
     normalized = bool(recalibration.batch_norm_layers(model))
 
-    def chunk_gradient(x, y, valid):
-        with tf.GradientTape() as tape:
-            predictions, _ = recalibration.forward(model, x, valid)
-            losses = tf.where(valid, loss_fn(y, predictions), 0)
-            total = tf.reduce_sum(losses)
-        found = tape.gradient(total, variables, unconnected_gradients=tf.UnconnectedGradients.ZERO)
-        # In float32 losses near 2.3 differ by 2e-7, and a step moves them by 1e-4.
-        return tf.reduce_sum(tf.cast(losses, tf.float64)), found
+    def at(weights):
+        return keras.StatelessScope(state_mapping=list(zip(model.weights, weights)))
 
-    def mean_gradient(x, y, valid):
-        if normalized:
-            x, y, valid = (v[None] for v in _whole(x, y, valid))
+    def chunk_losses(weights, x, y):
+        with at(weights):
+            return loss_fn(y, model(x, training=False))
+
+    def summed(losses, valid):
+        # In float32 losses near 2.3 differ by 2e-7, and a step moves them by 1e-4.
+        return tf.reduce_sum(tf.cast(tf.where(valid, losses, 0), tf.float64))
+
+    def training_losses(weights, x, y, valid):
+        with at(weights):
+            predictions, _ = recalibration.forward(model, x, valid)
+            return loss_fn(y, predictions)
+
+    def chunk_gradient(weights, x, y, valid):
+        parameters = [weights[k] for k in trainable]
+        with tf.GradientTape(watch_accessed_variables=False) as tape:
+            tape.watch(parameters)
+            losses = training_losses(weights, x, y, valid)
+            total = tf.reduce_sum(tf.where(valid, losses, 0))
+        found = tape.gradient(total, parameters, unconnected_gradients=tf.UnconnectedGradients.ZERO)
+        return summed(losses, valid), [tf.convert_to_tensor(g) for g in found]
+
+    def chunk_moments(weights, x, y, valid):
+        with at(weights):
+            return measure(x, y, None, valid).moments
+
+    def over_chunks(function, add, weights, x, y, valid):
+        """`function` of each replica and chunk, added up over the chunks."""
+
+        def chunk(i):
+            return each(lambda w, x, y: function(w, x[i], y[i], valid[i]), weights, x, y)
+
+        if valid.shape[0] == 1:
+            return chunk(0)
+        return tf.while_loop(
+            lambda i, _: i < tf.shape(valid)[0],
+            lambda i, total: (i + 1, add(total, chunk(i))),
+            (1, chunk(0)),
+            parallel_iterations=1,
+        )[1]
+
+    def plus(a, b):
+        return tf.nest.map_structure(operator.add, a, b)
+
+    def step(weights, gradient):
+        weights = list(weights)
+        for k, g in zip(trainable, gradient):
+            weights[k] -= learning_rate * tf.cast(g, weights[k].dtype)
+        return weights
+
+    def batched(x, y, valid):
+        """The chunks as they go through the network together: all, where they share statistics."""
+        if not normalized:
+            return x, y, valid
+        x, y = (tf.reshape(v, [v.shape[0], 1, -1, *v.shape[3:]]) for v in (x, y))
+        return x, y, tf.reshape(valid, [1, -1])
+
+    def descend(own, shared):
+        (weights, x, y, last_loss), (valid, steps) = own, shared
+        x, y, valid = batched(x, y, valid)
         n = tf.math.count_nonzero(valid, dtype=tf.float64)
 
-        def body(i, loss, gradient):
-            more_loss, more = chunk_gradient(x[i], y[i], valid[i])
-            return i + 1, loss + more_loss, [a + b for a, b in zip(gradient, more)]
+        def body(i, weights, previous, rises):
+            loss, gradient = over_chunks(chunk_gradient, plus, weights, x, y, valid)
+            loss /= n
+            weights = step(weights, [g / tf.cast(n, g.dtype) for g in gradient])
+            return i + 1, weights, loss, rises + tf.cast(loss > previous, tf.int32)
 
-        start = (1, *chunk_gradient(x[0], y[0], valid[0]))
-        if valid.shape[0] != 1:
-            start = tf.while_loop(lambda i, *_: i < tf.shape(valid)[0], body, start)
-        _, loss, gradient = start
-        return loss / n, [g / tf.cast(n, g.dtype) for g in gradient]
+        return tf.while_loop(
+            lambda i, *_: i < steps,
+            body,
+            (0, weights, last_loss, tf.zeros_like(last_loss, tf.int32)),
+            parallel_iterations=1,
+        )[1:]
+
+    def recalibrate(own, shared):
+        def one(weights, x, y, valid):
+            with at(weights):
+                _, statistics = recalibration.forward(model, x, valid)
+            found = {id(variable): value for variable, value in statistics}
+            return [found.get(id(v), w) for v, w in zip(model.weights, weights)]
+
+        weights, x, y, valid = own[0], *batched(*own[1:], *shared)
+        return each(lambda w, x, y: one(w, x[0], y[0], valid[0]), weights, x, y)
+
+    def normalized_sums(own, shared):
+        def noise(weights, x, y, valid, seed):
+            parameters = [weights[k] for k in trainable]
+            return slopes.summed_variance(
+                lambda: training_losses(weights, x, y, valid), parameters, valid, seed
+            )
+
+        weights, seeds, (x, y, valid) = own[0], own[3], batched(*own[1:3], *shared)
+        n = tf.math.count_nonzero(valid, dtype=tf.float64)
+        total = each(lambda w, x, y, s: noise(w, x[0], y[0], valid[0], s), weights, x, y, seeds)
+        _, gradient = over_chunks(chunk_gradient, plus, weights, x, y, valid)
+        return [g / tf.cast(n, g.dtype) for g in gradient], total / n
+
+    def moments(own, shared):
+        def merge(a, b):
+            return each(Moments.merge, a, b)
+
+        return over_chunks(chunk_moments, merge, *own, *shared)
+
+    def mean_loss(own, shared):
+        def chunk(weights, x, y, valid):
+            return summed(chunk_losses(weights, x, y), valid)
+
+        n = tf.math.count_nonzero(*shared, dtype=tf.float64)
+        return over_chunks(chunk, plus, *own, *shared) / n
+
+    def losses(own, shared):
+        def chunk(data):
+            return each(lambda weights: chunk_losses(weights, *data), *own)
+
+        (weights,), (x, y, valid) = own, shared
+        shape = [weights[0].shape[0], valid.shape[1]]
+        signature = tf.TensorSpec(shape, weights[0].dtype)
+        found = tf.map_fn(chunk, (x, y), fn_output_signature=signature, parallel_iterations=1)
+        return tf.transpose(found, [1, 0, 2])
+
+    def grouped(function, x_of, jit_compile):
+        def size_of(own, shared):
+            return replicas.group_size(model, x_of(own, shared))
+
+        return replicas.grouped(function, size_of, jit_compile)
+
+    def own_x(own, shared):
+        return own[1][0, 0]
+
+    fused = jit_compile or m > 1
+    descend = grouped(descend, own_x, fused)
+    mean_loss = grouped(mean_loss, own_x, jit_compile)
+    losses = grouped(losses, lambda own, shared: shared[0][0], fused)
+    # An engine chooses its way by what it finds in the data, which has no vectorised form; and
+    # moments are rare.
+    moments = replicas.grouped(moments, lambda own, shared: 1, jit_compile)
+    recalibrate = replicas.grouped(recalibrate, lambda own, shared: 1, jit_compile)
+    normalized_sums = replicas.grouped(normalized_sums, lambda own, shared: 1, jit_compile)
+
+    def sums(moments):
+        for r in range(len(moments.loss)):
+            yield metrics.osgr_terms(
+                tf.nest.map_structure(lambda v, r=r: np.asarray(v)[r], moments)
+            )
+
+    def plain_terms(weights, own, moments, seeds):
+        return moments.mean, [dict(noise=noise, signal=signal) for noise, signal in sums(moments)]
+
+    def normalized_terms(weights, own, moments, seeds):
+        gradient, noise = normalized_sums((list(weights), *own[:2], tf.constant(seeds)), (own[2],))
+        terms = [
+            dict(
+                noise=float(noise[r]),
+                signal=sum(np.sum(np.square(g[r], dtype=np.float64)) for g in gradient),
+                noise_frozen=noise_frozen,
+                signal_frozen=signal_frozen,
+            )
+            for r, (noise_frozen, signal_frozen) in enumerate(sums(moments))
+        ]
+        return gradient, terms
+
+    return Replicas(
+        lambda weights, own, steps, last_loss: descend(
+            (list(weights), *own[:2], last_loss), (own[2], steps)
+        ),
+        (lambda weights, own: recalibrate((list(weights), *own[:2]), (own[2],)))
+        if normalized
+        else (lambda weights, own: weights),
+        lambda weights, own: moments((list(weights), *own[:2]), (own[2],)),
+        normalized_terms if normalized else plain_terms,
+        step,
+        lambda weights, own: mean_loss((list(weights), *own[:2]), (own[2],)),
+        lambda weights, chunks: losses((list(weights),), tuple(chunks)),
+    )
+
+
+class Descent(NamedTuple):
+    """What `build` returns: functions of one model, where its weights are.
+
+    Attributes:
+      descend: `(chunks, steps, last_loss) -> (loss, rises)`, as in `Replicas`.
+      moments: `chunks -> Moments` of the per-example gradients.
+      step: `gradient -> None`: one step along a given mean gradient.
+      losses: `chunks -> [chunks, batch]`, each example's loss.
+    """
+
+    descend: Callable
+    moments: Callable
+    step: Callable
+    losses: Callable
+
+
+def build(model, loss, learning_rate: float, *, engine="auto", jit_compile=False) -> Descent:
+    """Gradient descent of one model, whose weights it reads and assigns; see `build_replicas`."""
+    one = build_replicas(model, loss, learning_rate, 1, engine=engine, jit_compile=jit_compile)
+
+    def weights():
+        return [tf.expand_dims(v.value, 0) for v in model.weights]
+
+    def own(chunks):
+        x, y, valid = chunks
+        return tf.expand_dims(x, 0), tf.expand_dims(y, 0), valid
+
+    def assign(weights):
+        for variable, value in zip(model.weights, weights):
+            variable.assign(value[0])
+
+    def descend(chunks, steps, last_loss):
+        found, loss, rises = one.descend(weights(), own(chunks), steps, last_loss[tf.newaxis])
+        assign(found)
+        return loss[0], rises[0]
+
+    def moments(chunks):
+        return tf.nest.map_structure(lambda v: v[0], one.moments(weights(), own(chunks)))
 
     def step(gradient):
-        for variable, g in zip(variables, gradient):
-            variable.assign_sub(learning_rate * tf.cast(g, variable.dtype))
+        assign(one.step(weights(), [g[tf.newaxis] for g in gradient]))
 
-    def graph(function):
-        # A grid goes through data sets of several sizes: after the second, one trace serves all.
-        return tf.function(
-            function, jit_compile=jit_compile, autograph=False, reduce_retracing=True
-        )
-
-    @graph
-    def descend(chunks, steps, last_loss):
-        def body(i, previous, rises):
-            loss, gradient = mean_gradient(*chunks)
-            step(gradient)
-            return i + 1, loss, rises + tf.cast(loss > previous, tf.int32)
-
-        _, loss, rises = tf.while_loop(
-            lambda i, *_: i < steps, body, (0, last_loss, 0), parallel_iterations=1
-        )
-        return loss, rises
-
-    @graph
-    def recalibrate(chunks):
-        x, _, valid = _whole(*chunks)
-        for variable, value in recalibration.forward(model, x, valid)[1]:
-            variable.assign(value)
-
-    @graph
-    def moments(chunks):
-        return gradients.accumulate(measure, model, chunks, sign_counts=True)
-
-    @graph
     def losses(chunks):
-        x, y, valid = chunks
-        return tf.map_fn(
-            lambda chunk: loss_fn(chunk[1], model(chunk[0], training=False)),
-            (x, y),
-            fn_output_signature=tf.TensorSpec(valid.shape[1:], variables[0].dtype),
-            parallel_iterations=1,
-        )
+        return one.losses(weights(), chunks)[0]
 
-    @graph
-    def total_terms(chunks, seed):
-        x, y, valid = _whole(*chunks)
-
-        def losses_of():
-            return loss_fn(y, recalibration.forward(model, x, valid)[0])
-
-        parameters = [v.value for v in variables]
-        noise = slopes.summed_variance(losses_of, parameters, valid, seed)
-        _, gradient = mean_gradient(*chunks)
-        signal = tf.add_n([tf.reduce_sum(tf.square(tf.cast(g, tf.float64))) for g in gradient])
-        return gradient, noise / tf.math.count_nonzero(valid, dtype=tf.float64), signal
-
-    def plain_terms(chunks, moments, seed):
-        return moments.mean, dict(zip(("noise", "signal"), metrics.osgr_terms(moments)))
-
-    def normalized_terms(chunks, moments, seed):
-        gradient, noise, signal = total_terms(chunks, tf.constant(seed))
-        frozen = zip(("noise_frozen", "signal_frozen"), metrics.osgr_terms(moments))
-        return gradient, dict(noise=float(noise), signal=float(signal), **dict(frozen))
-
-    if normalized:
-        return Descent(descend, recalibrate, moments, normalized_terms, graph(step), losses)
-    return Descent(descend, lambda chunks: None, moments, plain_terms, graph(step), losses)
-
-
-def _whole(*chunks):
-    """Chunks `[chunks, batch, ...]` as one batch `[chunks * batch, ...]`."""
-    return [tf.reshape(v, [-1, *v.shape[2:]]) for v in chunks]
+    return Descent(descend, moments, step, losses)

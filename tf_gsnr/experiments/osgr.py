@@ -5,7 +5,10 @@ models trained apart by full-batch gradient descent, one test set. At chosen epo
 (19) are estimated on the same step: the measured side by (23), from the decrease of the losses, and
 the predicted side by (24), from the per-example gradients on the training sets.
 
-Index letters: t training set (1..M), tau epoch (= gradient-descent iteration), i test example.
+The models of several training sets train as one program where that pays (`replicas`).
+
+Index letters: t training set (1..M), r of those that train together, tau epoch (= gradient-descent
+iteration), i test example.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ import numpy as np
 import tensorflow as tf
 
 from tf_gsnr import data, gradients, metrics, models
-from tf_gsnr.experiments import descent
+from tf_gsnr.experiments import descent, replicas
 from tf_gsnr.experiments.settings import POSITIVE, PROBABILITY, at_least, complete
 
 GRID = ("n", "p_random", "width", "epochs")
@@ -134,8 +137,9 @@ def run(configuration: dict, settings: Settings, workbench) -> Iterator[dict]:
     """The records of one configuration, one per epoch, once all its models are trained."""
     start = time.monotonic()
     state = _State(configuration, settings, workbench)
-    for t in range(state.t, settings.training_sets):
-        _descend_one_set(t, state, settings, workbench)
+    while state.t < settings.training_sets:
+        _descend_together(state, settings, workbench)
+        state.start(state.t + len(state.rises), settings)
     for index, epoch in enumerate(settings.epochs):
         yield {
             "experiment": "osgr",
@@ -155,25 +159,32 @@ def run(configuration: dict, settings: Settings, workbench) -> Iterator[dict]:
 
 
 class _State:
-    """Where a configuration is: its model, what was measured, and the checkpoint of both."""
+    """Where a configuration is: its weights, what was measured, and the checkpoint of both."""
 
     def __init__(self, configuration, settings, workbench):
         source = workbench.source
         self.configuration = configuration
         self.directory = workbench.directory
         self.saved = time.monotonic()
-        self.model, self.descent, self.initial = _network(configuration, settings, workbench)
+        network = _network(configuration, settings, workbench)
+        self.model, self.descent, self.initial, self.together = network
         rng = self.rng(settings, stream=1)
         x, y = source.test(settings.test_size, rng)
         # D and D' are draws of one distribution: the test labels get the same noise [ours].
         y = data.randomise(y, configuration["p_random"], source, rng)
         self.test_size = len(y)
-        self.test = _chunks(x, y, settings.batch_size)
-        self.t, self.epoch, self.rises, self.last_loss = 0, 0, 0, np.inf
+        self.test = tuple(map(tf.constant, gradients.stack_chunks(x, y, settings.batch_size)))
         self.rows = []  # per training set, per epoch, a dict of numbers
         self.decreases = np.zeros([len(settings.epochs), self.test_size])  # summed over t
-        self.model.set_weights(self.initial)
+        self.start(0, settings)
         self._restore(settings)
+
+    def start(self, t, settings):
+        """The training sets from the t-th on, as many as train together, at their first epoch."""
+        size = min(self.together, settings.training_sets - t)
+        self.t, self.epoch = t, 0
+        self.weights = [np.repeat(w[np.newaxis], size, 0) for w in self.initial]
+        self.rises, self.last_loss = np.zeros(size, int), np.full(size, np.inf)
 
     def rng(self, settings, stream):
         """A random stream of this configuration's own."""
@@ -186,14 +197,15 @@ class _State:
 
     def save(self, settings):
         self.saved = time.monotonic()
-        place = [self.t, self.epoch, self.rises, self.last_loss]
         self.directory.save_checkpoint(
             {
                 "key": np.array(self._key(settings)),
-                "place": np.array(json.dumps(place)),
+                "place": np.array([self.t, self.epoch]),
+                "rises": self.rises,
+                "last_loss": self.last_loss,
                 "rows": np.array(json.dumps(self.rows)),
                 "decreases": self.decreases,
-                **{f"weight{i:03d}": w for i, w in enumerate(self.model.get_weights())},
+                **{f"weight{i:03d}": w for i, w in enumerate(self.weights)},
             }
         )
 
@@ -201,14 +213,15 @@ class _State:
         saved = self.directory.load_checkpoint()
         if not saved or str(saved["key"]) != self._key(settings):
             return
-        self.t, self.epoch, self.rises, self.last_loss = json.loads(str(saved["place"]))
+        self.t, self.epoch = map(int, saved["place"])
+        self.rises, self.last_loss = saved["rises"], saved["last_loss"]
         self.rows = json.loads(str(saved["rows"]))
         self.decreases = saved["decreases"]
-        self.model.set_weights([saved[k] for k in sorted(saved) if k.startswith("weight")])
+        self.weights = [saved[k] for k in sorted(saved) if k.startswith("weight")]
 
 
 def _network(configuration, settings, workbench):
-    """The network of this width, its descent and its initial weights; traced once."""
+    """The network of this width, its descent, its initial weights, and how many train together."""
     width = configuration["width"]
     if width not in workbench.traced:
         source = workbench.source
@@ -216,88 +229,119 @@ def _network(configuration, settings, workbench):
             settings.model, source.input_shape, source.outputs, width, settings.seed
         )
         loss = "mse" if source.classes is None else models.cross_entropy
-        options = dict(engine=workbench.engine, jit_compile=workbench.jit_compile)
-        functions = descent.build(model, loss, settings.learning_rate, **options)
-        workbench.traced[width] = model, functions, model.get_weights()
+        together = workbench.replicas
+        if together is None:
+            together = settings.training_sets if replicas.pays(model, source.input_shape) else 1
+        functions = descent.build_replicas(
+            model,
+            loss,
+            settings.learning_rate,
+            together,
+            engine=workbench.engine,
+            jit_compile=workbench.jit_compile,
+        )
+        workbench.traced[width] = model, functions, model.get_weights(), together
     return workbench.traced[width]
 
 
-def _descend_one_set(t, state, settings, workbench):
-    """Trains on training set t, or goes on where the checkpoint is, and measures at the epochs."""
-    if state.t != t or len(state.rows) == t:
-        state.t, state.epoch, state.rises, state.last_loss = t, 0, 0, np.inf
-        state.rows.append([])
-        state.model.set_weights(state.initial)
-    source, c = workbench.source, state.configuration
-    rng = state.rng(settings, stream=2 + t)
-    x, y = source.draw(c["n"], rng)
-    chunks = _chunks(x, data.randomise(y, c["p_random"], source, rng), settings.batch_size)
-    descent_work, measurement_work = _set_work(c, settings)
+def _training_sets(state, settings, source):
+    """Those that train together, as chunks: x and y with a leading axis r."""
+    c = state.configuration
+    found = []
+    for t in range(state.t, state.t + len(state.rises)):
+        rng = state.rng(settings, stream=2 + t)
+        x, y = source.draw(c["n"], rng)
+        y = data.randomise(y, c["p_random"], source, rng)
+        found.append(gradients.stack_chunks(x, y, settings.batch_size))
+    x, y, (valid, *_) = zip(*found)
+    return tf.constant(np.stack(x)), tf.constant(np.stack(y)), tf.constant(valid)
+
+
+def _descend_together(state, settings, workbench):
+    """Trains on the sets from t on, or goes on where the checkpoint is; measures at the epochs."""
+    c, size = state.configuration, len(state.rises)
+    if len(state.rows) == state.t:
+        state.rows += [[] for _ in range(size)]
+    own = _training_sets(state, settings, workbench.source)
+    descent_work, measurement_work = (size * work for work in _set_work(c, settings))
     steps_planned = max(settings.epochs[-1] - len(settings.epochs) + 1, 1)
     text = ", ".join(f"{k}={v}" for k, v in c.items())
+    sets = f"set {state.t + 1}" if size == 1 else f"sets {state.t + 1} to {state.t + size}"
 
     def passed(work):
         if time.monotonic() - state.saved > CHECKPOINT_SECONDS:
             state.save(settings)
-        place = f"set {t + 1} of {settings.training_sets}, epoch {state.epoch}"
+        place = f"{sets} of {settings.training_sets}, epoch {state.epoch}"
         workbench.progress.advance(work, f"{text} | {place}")
 
     piece = 1
-    for index in range(len(state.rows[t]), len(settings.epochs)):
+    for index in range(len(state.rows[state.t]), len(settings.epochs)):
         while state.epoch < settings.epochs[index]:
             steps = min(piece, settings.epochs[index] - state.epoch)
             begin = time.monotonic()
-            loss, rises = state.descent.descend(
-                chunks, tf.constant(steps), tf.constant(state.last_loss, tf.float64)
+            found = state.descent.descend(
+                state.weights, own, tf.constant(steps), tf.constant(state.last_loss)
             )
-            state.last_loss, state.rises = float(loss), state.rises + int(rises)
-            _check_loss(state, state.epoch + steps - 1)
+            weights, state.last_loss, rises = tf.nest.map_structure(np.asarray, found)
+            state.weights, state.rises = weights, state.rises + rises
+            _check_losses(state, state.epoch + steps - 1)
             piece = max(1, int(PIECE_SECONDS * steps / (time.monotonic() - begin + 1e-9)))
             state.epoch += steps
             passed(descent_work * steps / steps_planned)
-        row, decrease = _measured_step(state, chunks)
-        state.rows[t].append(row)
+        rows, decrease = _measured_step(state, own)
+        for r, row in enumerate(rows):
+            state.rows[state.t + r].append(row)
         state.decreases[index] += decrease
         passed(measurement_work / len(settings.epochs))
 
 
-def _measured_step(state, chunks):
-    """One step along the gradient of the training loss; both sides of (19) around it."""
+def _measured_step(state, own):
+    """One step along the gradients of the training losses; both sides of (19) around it.
+
+    Returns:
+      A row of numbers for each set, and each test example's decrease, summed over the sets.
+    """
 
     def test_losses():
-        return state.descent.losses(state.test).numpy().ravel()[: state.test_size].astype(float)
+        losses = state.descent.losses(state.weights, state.test).numpy()
+        return losses.reshape(len(losses), -1)[:, : state.test_size].astype(float)
 
-    valid = chunks[2].numpy().ravel()
-    state.descent.recalibrate(chunks)
-    moments = tf.nest.map_structure(np.asarray, state.descent.moments(chunks))
+    state.weights = state.descent.recalibrate(state.weights, own)
+    moments = tf.nest.map_structure(np.asarray, state.descent.moments(state.weights, own))
     before = test_losses()
-    state.last_loss = float(moments.loss)
-    _check_loss(state, state.epoch)
-    gradient, terms = state.descent.terms(chunks, moments, [state.t, state.epoch])
-    state.descent.step(gradient)
-    state.descent.recalibrate(chunks)
+    state.last_loss = moments.loss
+    _check_losses(state, state.epoch)
+    seeds = [[state.t + r, state.epoch] for r in range(len(state.rises))]
+    gradient, terms = state.descent.terms(state.weights, own, moments, seeds)
+    weights = state.descent.recalibrate(state.descent.step(state.weights, gradient), own)
+    state.weights = [np.asarray(w) for w in weights]
     after = test_losses()
-    train_after = float(state.descent.losses(chunks).numpy().ravel()[valid].mean(dtype=np.float64))
+    train_after = state.descent.loss(state.weights, own).numpy()
     state.epoch += 1
-    row = metrics.summarize(moments, state.model) | {
-        **terms,
-        "train_before": state.last_loss,
-        "train_after": train_after,
-        "test_before": before.mean(),
-        "test_after": after.mean(),
-        "rises": state.rises,
-    }
-    return row, before - after
+    rows = []
+    for r in range(len(state.rises)):
+        one = tf.nest.map_structure(lambda v, r=r: v[r], moments)
+        row = metrics.summarize(one, state.model) | {
+            **terms[r],
+            "train_before": float(state.last_loss[r]),
+            "train_after": float(train_after[r]),
+            "test_before": before[r].mean(),
+            "test_after": after[r].mean(),
+            "rises": int(state.rises[r]),
+        }
+        rows.append(row)
+    return rows, (before - after).sum(0)
 
 
-def _check_loss(state, epoch):
-    if not np.isfinite(state.last_loss):
-        c = ", ".join(f"{k}={v}" for k, v in state.configuration.items())
-        raise ValueError(
-            f"the training loss is {state.last_loss} at epoch {epoch} of training set "
-            f"{state.t + 1} ({c}): the descent diverged (a smaller --learning_rate?) or the data "
-            "hold NaN"
-        )
+def _check_losses(state, epoch):
+    for r, loss in enumerate(state.last_loss):
+        if not np.isfinite(loss):
+            c = ", ".join(f"{k}={v}" for k, v in state.configuration.items())
+            raise ValueError(
+                f"the training loss is {loss} at epoch {epoch} of training set "
+                f"{state.t + r + 1} ({c}): the descent diverged (a smaller --learning_rate?) or "
+                "the data hold NaN"
+            )
 
 
 def _record(rows, test_decreases, learning_rate) -> dict:
@@ -342,7 +386,3 @@ def _mean(values):
     """Over the training sets, leaving out where there is no value."""
     values = values[~np.isnan(values)]
     return float(values.mean()) if len(values) else float("nan")
-
-
-def _chunks(x, y, batch_size):
-    return tuple(map(tf.constant, gradients.stack_chunks(x, y, batch_size)))

@@ -8,9 +8,7 @@ from tf_gsnr import progress, records
 from tf_gsnr.experiments import Workbench
 
 
-def go_through(
-    experiment, settings, configurations, source, directory, *, engine="auto", jit_compile=False
-):
+def go_through(experiment, settings, configurations, source, directory, **how):
     """Runs the configurations that are not complete and writes their records.
 
     Args:
@@ -19,11 +17,11 @@ def go_through(
       configurations: those to run, of all that the settings have.
       source: the opened data set.
       directory: the `records.RunDirectory`, which knows what is complete.
-      engine, jit_compile: see `tf_gsnr.gradient_moments`.
+      **how: to go about it: of the `Workbench`, `engine`, `jit_compile` and `replicas`.
     """
     works = [experiment.work(c, settings) for c in configurations]
     bar = progress.Progress(sum(works))
-    bench = Workbench(source, directory, bar, engine, jit_compile, traced={})
+    bench = Workbench(source, directory, bar, traced={}, **how)
     written = directory.records()
     for index, (configuration, work) in enumerate(zip(configurations, works)):
         epochs = records.measured_epochs(configuration, written)
