@@ -75,11 +75,14 @@ def step_sign(moments: Moments) -> list:
     Over the examples whose gradient is not zero: those for which the step of the whole set goes
     the right way. It may be below one half, where a few large gradients outweigh many small ones.
 
-    Returns:
-      A list in the order of the variables, of their shapes; NaN where no example has a gradient.
+    Returns and raises as `same_sign`.
 
-    Raises:
-      ValueError: the moments hold no sign counts.
+    Example:
+
+    >>> gradients, losses = [np.array([[-5.0], [1.0], [1.0], [0.0]])], np.zeros(4)
+    >>> moments = Moments.of(gradients, losses, sign_counts=True).numpy()
+    >>> step_sign(moments)[0].round(2).tolist(), same_sign(moments)[0].round(2).tolist()
+    ([0.33], [0.67])
     """
     _check_signs(moments)
     shares = []

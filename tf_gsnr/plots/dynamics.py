@@ -70,6 +70,7 @@ def figure(records: list[dict]) -> plt.Figure:
         row[2].set(ylabel="accuracy", ylim=(0, 1))
         for axis in row:
             axis.set(xlabel="epoch")
+            axis.xaxis.get_major_locator().set_params(integer=True)
             axis.grid(alpha=0.25)
     titles = ("GSNR", "same-sign proportion", "accuracy")
     notes = (
