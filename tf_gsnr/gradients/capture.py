@@ -129,7 +129,8 @@ def run(
       training: mode of the layers.
     """
     generators = contract.seed_variables(model)
-    state = [(v, tf.convert_to_tensor(v.value)) for v in model.trainable_variables]
+    # Of all variables: a scope around this one may give them other values.
+    state = [(v, tf.convert_to_tensor(v.value)) for v in model.variables]
     state += list(zip(generators, seeds))
     with tf.GradientTape(watch_accessed_variables=False) as tape:
         with keras.StatelessScope(state_mapping=state) as scope:

@@ -43,6 +43,7 @@ def _one_example(call):
     dz = tf.nest.flatten(call.dz)
     used = [i for i, g in enumerate(dz) if g is not None]
     values = [tf.convert_to_tensor(v.value) for v in call.unit.variables]
+    others = [(v, tf.convert_to_tensor(v.value)) for v in call.layer.non_trainable_variables]
     elements = (
         tf.range(call.n),
         [_rows_of_examples(flat[i], call) for i in split],
@@ -57,7 +58,7 @@ def _one_example(call):
         args, kwargs = tf.nest.pack_sequence_as(arguments, mine)
         # Adding 0 n marks the seed as varying with n: see converters.py.
         seeds = [(v, s + tf.cast(0 * n, s.dtype)) for v, s in call.seeds]
-        state = [*zip(call.unit.variables, values), *seeds]
+        state = [*others, *zip(call.unit.variables, values), *seeds]
         with tf.GradientTape(watch_accessed_variables=False) as tape:
             tape.watch(values)
             with keras.StatelessScope(state_mapping=state):

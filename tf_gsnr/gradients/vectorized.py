@@ -40,6 +40,8 @@ def build(
 
     def measure(x, y, sample_weight=None, valid=None, seeds=None):
         parameters = [tf.convert_to_tensor(v.value) for v in model.trainable_variables]
+        # A scope around this one may give the other variables values, too.
+        others = [(v, tf.convert_to_tensor(v.value)) for v in model.non_trainable_variables]
         if seeds is None:
             seeds = [v.value for v in seeds_of_model]
         batch = tf.shape(tf.nest.flatten(x)[0])[0]
@@ -53,7 +55,8 @@ def build(
             # Adding 0 n marks the seed as varying with n, without which a random op would be drawn
             # once, for all examples; converters.py then draws for the whole batch at once.
             varying = [s + tf.cast(0 * n, s.dtype) for s in seeds]
-            state = [*zip(model.trainable_variables, parameters), *zip(seeds_of_model, varying)]
+            state = [*zip(model.trainable_variables, parameters), *others]
+            state += zip(seeds_of_model, varying)
             with tf.GradientTape(watch_accessed_variables=False) as tape:
                 tape.watch(parameters)
                 with keras.StatelessScope(state_mapping=state) as scope:
