@@ -316,7 +316,12 @@ def test_nothing_is_left_behind_by_a_failure():
     assert not any("call" in vars(layer) for layer in model.layers)
 
 
-@pytest.mark.parametrize("name", ["mlp", "conv2d_wide", "embedding", "attention", "batch_norm"])
+# One of each form and route; all others but the recurrent layers compile as well.
+XLA = ["mlp", "conv2d_wide", "conv2d_grouped", "transposed", "separable", "embedding"]
+XLA += ["attention", "layer_norm", "batch_norm", "folded", "custom"]
+
+
+@pytest.mark.parametrize("name", XLA)
 def test_xla(name, truths):
     model, x, y = zoo.make(name)
     measure = layerwise.build(model, per_example_loss("mse", model), sign_counts=True)
