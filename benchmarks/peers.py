@@ -83,7 +83,7 @@ def serve(name, path):
     compiled = tf.function(run, autograph=False)
 
     def once():
-        return tf.nest.map_structure(lambda v: v.numpy(), compiled(x, y))
+        return compiled(x, y)  # results stay tensors, as PyTorch's do
 
     for _ in range(3):
         once()
@@ -92,7 +92,7 @@ def serve(name, path):
         if line.strip() == "end":
             break
         print(steady(once), flush=True)
-    mean, m2 = once()
+    mean, m2 = tf.nest.map_structure(np.asarray, once())
     arrays = {f"mean{j:02d}": v for j, v in enumerate(mean)}
     np.savez(f"{path}.{name}.npz", **arrays, **{f"m2{j:02d}": v for j, v in enumerate(m2)})
     print(peak_mib(), flush=True)

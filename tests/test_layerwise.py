@@ -63,7 +63,7 @@ def test_layerwise_engine_is_right(name, dtype, truths, monkeypatch):
         assert "call" not in vars(layer)
 
 
-# The reference engine needs minutes to trace a recurrent layer.
+# The reference engine takes long to trace a recurrent layer: see test_engines_agree_on_recurrent.
 REFERENCE = [(name, "float64") for name in zoo.ZOO if name not in RECURRENT]
 REFERENCE += [(name, "float32") for name in ("mlp", "conv2d", "transposed", "attention", "shared")]
 
@@ -72,6 +72,36 @@ REFERENCE += [(name, "float32") for name in ("mlp", "conv2d", "transposed", "att
 def test_reference_engine_is_right(name, dtype, truths):
     model, x, y = zoo.make(name, dtype)
     check(measured("vectorized", model, x, y).moments, model, truths(name), dtype)
+
+
+def _recurrent(layer, steps=3):
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential([keras.Input((steps, 2)), layer, L.Dense(1)])
+    rng = np.random.default_rng(0)
+    return model, rng.normal(size=(4, 3, 2)).astype("float32"), rng.normal(size=(4, 1))
+
+
+@pytest.mark.parametrize(
+    "make, training",
+    [
+        (lambda: L.SimpleRNN(2), False),
+        (lambda: L.Bidirectional(L.LSTM(1)), False),
+        (lambda: L.GRU(2, dropout=0.3), True),
+    ],
+)
+def test_engines_agree_on_recurrent_layers(make, training):
+    model, x, y = _recurrent(make())
+    a, b = (measured(e, model, x, y, training=training) for e in ("layerwise", "vectorized"))
+    for one, other in zip(tf.nest.flatten(a.moments), tf.nest.flatten(b.moments)):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6)
+
+
+def test_dropout_in_a_loop_is_refused_by_the_reference_engine():
+    model, x, y = _recurrent(L.GRU(2, dropout=0.3, name="loop"), steps=None)
+    measure = vectorized.build(model, per_example_loss("mse", model), training=True)
+    specs = tf.TensorSpec([4, None, 2]), tf.TensorSpec([4, 1])
+    with pytest.raises(ValueError, match="'loop'.*fixed length"):
+        tf.function(measure, autograph=False, input_signature=specs)(x, y.astype("float32"))
 
 
 @pytest.mark.parametrize("layer", ["Conv1D", "Conv2D", "Conv3D", "DepthwiseConv2D", "BatchNorm"])
@@ -286,7 +316,12 @@ def test_nothing_is_left_behind_by_a_failure():
     assert not any("call" in vars(layer) for layer in model.layers)
 
 
-@pytest.mark.parametrize("name", ["mlp", "conv2d_wide", "embedding", "attention", "batch_norm"])
+# One of each form and route; all others but the recurrent layers compile as well.
+XLA = ["mlp", "conv2d_wide", "conv2d_grouped", "transposed", "separable", "embedding"]
+XLA += ["attention", "layer_norm", "batch_norm", "folded", "custom"]
+
+
+@pytest.mark.parametrize("name", XLA)
 def test_xla(name, truths):
     model, x, y = zoo.make(name)
     measure = layerwise.build(model, per_example_loss("mse", model), sign_counts=True)

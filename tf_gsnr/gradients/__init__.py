@@ -10,11 +10,10 @@ from __future__ import annotations
 import functools
 import itertools
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import keras
-import numpy as np
 import tensorflow as tf
 from absl import logging
 
@@ -22,10 +21,12 @@ from tf_gsnr.gradients import (
     conservation,
     contract,
     distributed,
+    examples,
     layerwise,
     recalibration,
     vectorized,
 )
+from tf_gsnr.gradients.examples import stack_chunks  # noqa: F401  (for `accumulate`)
 from tf_gsnr.gradients.losses import per_example_loss
 from tf_gsnr.moments import Moments
 
@@ -51,7 +52,11 @@ def build_engine(model, loss=None, *, engine: str = "auto", **options) -> Callab
 
 
 def _best(model, loss_fn, **options) -> Callable:
-    """The layer-wise engine; the reference engine for a model that it finds it cannot measure."""
+    """The layer-wise engine; the reference engine for a model that it finds it cannot measure.
+
+    The model as a whole and not the variables that fail, so that all have one definition of g[n]
+    (see `gradient_moments`); one pass per example is made whichever of them are asked for.
+    """
     measure = layerwise.build(model, loss_fn, **options)
     reference = None
 
@@ -118,22 +123,6 @@ def accumulate(measure: Callable, model, chunks, *, seed=None, dtype=None, sign_
     return loop[1]
 
 
-def stack_chunks(x, y, batch_size: int):
-    """Cuts arrays into `(x, y, valid)` with leading axes `[chunks, batch_size]` for `accumulate`.
-
-    The last chunk is filled up with copies of the last example, which are not valid.
-    """
-    n = len(y)
-    batch_size = min(batch_size, n)
-    rows = np.minimum(np.arange(-(-n // batch_size) * batch_size), n - 1)
-    valid = (np.arange(len(rows)) < n).reshape(-1, batch_size)
-    return (
-        x[rows].reshape(-1, batch_size, *x.shape[1:]),
-        y[rows].reshape(-1, batch_size, *y.shape[1:]),
-        valid,
-    )
-
-
 def gradient_moments(
     model: keras.Model,
     x: Any,
@@ -146,7 +135,7 @@ def gradient_moments(
     sign_counts: bool = False,
     training: bool = False,
     seed: int | None = None,
-    batch_norm: str | None = None,
+    batch_norm: str = "frozen",
     recalibrate: bool = False,
     dtype: str | None = None,
     jit_compile: bool | str = "auto",
@@ -172,21 +161,28 @@ def gradient_moments(
         that the model was compiled with.
       sample_weight: `[examples]` factors of the examples' losses.
       engine: "layerwise" (one forward and backward pass and a rule per layer), "vectorized" (the
-        reference, slow and large) or "auto": the former, and the latter for a model that it
-        cannot measure.
+        reference, slow and large) or "auto": the former, and the latter for a model of which it
+        cannot measure some variable. Such a model goes to the reference engine with all of its
+        variables: where a layer mixes examples, g[n] of the whole batch and of example n alone
+        are two things, and the variables of one result must not differ in which they mean.
       batch_size: examples a micro-batch; it changes speed and memory, not the result.
       sign_counts: also count, per parameter, the examples with positive and negative gradient.
       training: whether layers run in training mode. Dropout then draws a mask per example.
       seed: of the random layers; None for the model's own current seeds. A given seed and
         batch_size give the same masks again.
-      batch_norm: with training=True, what `BatchNormalization` layers use. "frozen": their moving
-        statistics, which are constants, so g[n] depends on example n alone. "batch": the
-        statistics of the micro-batch, with the gradient flowing through them (engine="layerwise").
-        g[n] is then example n's own contribution to the micro-batch's gradient: the mean is
-        exactly the gradient that training uses, but the contributions of one micro-batch are no
-        independent draws, since each example moves the statistics that the others meet. Their
-        variance describes how the sum is made up; only as batches grow does it become the
-        sampling variance of the gradient. `batch_size` is then part of what is measured.
+      batch_norm: with training=True, what `BatchNormalization` layers use; with training=False it
+        is always their moving statistics.
+        "frozen": the moving statistics, too, while dropout is active. They are constants, so g[n]
+        depends on example n alone: the g[n] of examples that were drawn independently are
+        independent, and `variance` is that of the gradient of a fixed function. Its mean is not
+        the gradient of a training step, in which the statistics are the batch's.
+        "batch": the statistics of the micro-batch, with the gradient flowing through them
+        (engine="layerwise"). g[n] is then example n's own contribution to the micro-batch's
+        gradient: the mean is exactly the gradient that training uses, but the contributions of
+        one micro-batch are no independent draws, since each example moves the statistics that
+        the others meet. Their variance describes how the sum is made up; only as batches grow
+        does it become the sampling variance of the gradient. `batch_size` is then part of what
+        is measured, and each example must be measured in company: the reference engine refuses.
       recalibrate: before measuring, replace the moving statistics by the exact mean and variance
         over all of `x`, layer by layer (appendix A.2); afterwards the model has its own again.
         The layers must use their moving statistics: training=False or batch_norm="frozen".
@@ -214,20 +210,18 @@ def gradient_moments(
     (100, [(3, 1), (1,)])
     """
     check_engine_name(engine)
-    if isinstance(batch_size, bool) or not isinstance(batch_size, (int, np.integer)):
-        raise ValueError(f"batch_size={batch_size!r}: expected a positive integer")
-    if batch_size < 1:
-        raise ValueError(f"batch_size={batch_size}: expected a positive integer")
+    examples.check_batch_size(batch_size)
     contract.check_model(model)
     if strategy is not None:
         distributed.check_strategy(strategy, model)
     if recalibrate:
-        if training and batch_norm != "frozen":
+        if training and batch_norm == "batch":
             raise ValueError(
                 f"recalibrate=True with training=True and batch_norm={batch_norm!r}: recalibrated "
-                "statistics are used by layers in inference mode; set batch_norm='frozen'"
+                "statistics are moving statistics, which that mode does not use; set "
+                "batch_norm='frozen'"
             )
-        data = functools.partial(_batches, x, y, sample_weight, batch_size)
+        data = functools.partial(examples.micro_batches, x, y, sample_weight, batch_size)
         with recalibration.whole_data_statistics(model, data):
             return gradient_moments(
                 model,
@@ -247,7 +241,7 @@ def gradient_moments(
             )
     # Padding would be part of a batch's statistics; without it the ragged end is traced once more.
     coupled = training and batch_norm == "batch" and bool(contract.batch_norm_layers(model))
-    batches = iter(_batches(x, y, sample_weight, batch_size, fill=not coupled))
+    batches = iter(examples.micro_batches(x, y, sample_weight, batch_size, fill=not coupled))
     first = next(batches)
     options = dict(sign_counts=sign_counts, training=training, batch_norm=batch_norm)
     step = _compiled_step(
@@ -261,7 +255,7 @@ def gradient_moments(
         total, bad = _stream(model, batch_size, step, start, seed, batches)
     else:
         total, bad = distributed.stream(strategy, step, start, seed, batches)
-    _check_finite(model, total, int(bad))
+    examples.check_finite(model, total, int(bad))
     return total.numpy()
 
 
@@ -271,7 +265,7 @@ def _stream(model, batch_size, step, state, seed, batches):
         try:
             state = step(*state, tf.constant(index, tf.int64), seed, *batch)
         except tf.errors.InvalidArgumentError as error:
-            _explain_labels(model, batch[1], index * batch_size, error)
+            examples.check_labels(model, batch[1], index * batch_size, error)
             raise
     return state
 
@@ -315,103 +309,3 @@ def _compiled_step(model, loss, engine, jit_compile, dtype, options, strategy=No
         # Loss and strategy are kept, or their ids could become another's.
         steps[key] = step, used_loss, strategy
     return steps[key][0]
-
-
-def _batches(x, y, sample_weight, batch_size, fill=True) -> Iterable:
-    """Micro-batches `(x, y, sample_weight, valid)`, the ragged end filled up to one shape."""
-    if isinstance(x, tf.data.Dataset):
-        if y is not None or sample_weight is not None:
-            raise ValueError("x is a tf.data.Dataset: y and sample_weight come with it, pass None")
-        if x.cardinality() == tf.data.INFINITE_CARDINALITY:
-            raise ValueError("x is an infinite tf.data.Dataset: cut it with .take(batches)")
-        if not isinstance(x.element_spec, tuple) or len(x.element_spec) not in (2, 3):
-            raise ValueError(
-                "x is a tf.data.Dataset: expected elements (x, y) or (x, y, sample_weight), got "
-                f"{x.element_spec}"
-            )
-        rows = (tuple(element) for element in x.rebatch(batch_size))
-        size = batch_size
-    else:
-        x, y, sample_weight = (
-            _arrays("x", x),
-            _arrays("y", y),
-            _arrays("sample_weight", sample_weight),
-        )
-        if y is None:
-            raise ValueError(
-                "y=None: expected the targets of x (only a tf.data.Dataset has its own)"
-            )
-        lengths = {len(v) for v in tf.nest.flatten((x, y, sample_weight)) if v is not None}
-        if len(lengths) != 1:
-            raise ValueError(
-                "x, y and sample_weight differ in their number of examples: "
-                f"{sorted(lengths)}; expected one length"
-            )
-        n = lengths.pop()
-        size = min(batch_size, n)
-        data = (x, y, sample_weight)
-        rows = (_take(data, slice(i, i + size)) for i in range(0, n, max(size, 1)))
-    empty = True
-    for x_rows, y_rows, *weight in rows:
-        empty = False
-        batch = (x_rows, y_rows, weight[0] if weight else None)
-        n = len(tf.nest.flatten(y_rows)[0])
-        valid = tf.constant(np.arange(size if fill else n) < n)
-        if fill and n < size:
-            batch = _take(batch, np.minimum(np.arange(size), n - 1))
-        yield (*_take(batch, slice(None)), valid)
-    if empty:
-        raise ValueError("x has no examples; expected at least one")
-
-
-def _take(data, rows):
-    """Nested tensors of some rows (a slice or indices) of nested arrays; None stays None."""
-
-    def take(v):
-        if v is None:
-            return v
-        return tf.convert_to_tensor(v[rows]) if isinstance(rows, slice) else tf.gather(v, rows)
-
-    return tf.nest.map_structure(take, data)
-
-
-def _arrays(name, value):
-    """Nested arrays as they are, lists of numbers as arrays."""
-
-    def array(v):
-        if tf.is_tensor(v) or isinstance(v, np.ndarray) or hasattr(v, "__array__"):
-            if len(v.shape) == 0:
-                raise ValueError(f"{name} is a scalar; expected a leading axis of examples")
-            return v
-        raise ValueError(f"{name}: expected arrays or tensors, got {type(v).__name__}")
-
-    return None if value is None else tf.nest.map_structure(array, value)
-
-
-def _explain_labels(model, y, start, error):
-    """Raises ValueError with the example whose label is outside the classes, if that is it."""
-    if "label" not in str(error):
-        return
-    classes = tf.nest.flatten(model.output_shape)[-1] if hasattr(model, "output_shape") else None
-    for labels in tf.nest.flatten(y):
-        wrong = np.argwhere((np.asarray(labels) < 0) | (np.asarray(labels) >= (classes or np.inf)))
-        if labels.dtype.is_integer and len(wrong):
-            n = int(wrong[0][0])
-            raise ValueError(
-                f"y: the label of example {start + n} is {np.asarray(labels)[tuple(wrong[0])]}; "
-                f"expected 0 to {classes - 1}, the model has {classes} outputs"
-            ) from error
-
-
-def _check_finite(model, moments, bad):
-    if bad >= 0:
-        raise ValueError(
-            f"the loss of example {bad} is not finite: look for NaN or inf in x, y or "
-            "sample_weight there, for labels outside the classes, or for weights that diverged"
-        )
-    for variable, mean, m2 in zip(model.trainable_variables, moments.mean, moments.m2):
-        if not (np.isfinite(mean).all() and np.isfinite(m2).all()):
-            raise ValueError(
-                f"the gradient of {variable.path} is not finite, though every loss is: look for a "
-                "function without derivative at its input (sqrt or log at 0), or scale the loss"
-            )

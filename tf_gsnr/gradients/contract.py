@@ -89,27 +89,11 @@ def seeds_for(model, seed, step) -> list:
     return values
 
 
-def check_batch_norm(model, training: bool, batch_norm: str | None):
-    """Refuses batch norm in training mode until the caller says which statistics are meant.
-
-    Raises:
-      ValueError: `batch_norm` is unknown, or is None while `training` and the model has
-        `BatchNormalization` layers.
-    """
-    if batch_norm is not None and batch_norm not in BATCH_NORM_MODES:
+def check_batch_norm(batch_norm: str):
+    """Raises ValueError unless `batch_norm` is one of `BATCH_NORM_MODES`."""
+    if batch_norm not in BATCH_NORM_MODES:
         raise ValueError(
             f"unknown batch_norm {batch_norm!r}; available: {', '.join(BATCH_NORM_MODES)}"
-        )
-    layers = batch_norm_layers(model)
-    if training and batch_norm is None and layers:
-        names = ", ".join(layer.name for layer in layers)
-        raise ValueError(
-            f"training=True, but the batch-normalisation layers {names} use the statistics of the "
-            "batch, so that an example's loss depends on the other examples and one at a time its "
-            "gradient would be exactly zero. Choose: training=False (all layers in inference "
-            "mode), batch_norm='frozen' (these layers use their moving statistics, dropout stays "
-            "active) or batch_norm='batch' (batch statistics, gradients flow through them; "
-            "engine='layerwise' only)"
         )
 
 

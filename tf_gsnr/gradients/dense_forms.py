@@ -146,19 +146,15 @@ class Outer(Form):
         if not self.factored:
             return super().moments(count, valid)
         x, dz = self._flat()
-        # dz / sqrt(n) makes the product sqrt(n) mean, whose square is what m2 lacks.
-        root = tf.sqrt(count)
-        scaled = tf.matmul(x, dz / root, transpose_a=True)
-        m2 = tf.matmul(tf.square(x), tf.square(dz), transpose_a=True) - tf.square(scaled)
-        mean = scaled / root
+        mean = tf.matmul(x, dz / count, transpose_a=True)
+        squares = tf.matmul(tf.square(x), tf.square(dz), transpose_a=True)
+        m2 = squares - count * tf.square(mean)
 
         def centred():
             return tf.reshape(Form.moments(self, count, valid)[1], tf.shape(m2))
 
         def checked():
-            # m2 < share sum g^2, which is m2 + n mean^2
-            share = CENTRED_BELOW / (1 - CENTRED_BELOW)
-            cancels = tf.reduce_any(m2 < share * count * tf.square(mean))
+            cancels = tf.reduce_any(m2 < CENTRED_BELOW * squares)
             return tf.cond(cancels, centred, lambda: m2)
 
         # By Cauchy and Schwarz n mean^2 is at most the share of examples with x dz != 0, times

@@ -83,7 +83,7 @@ def check_engine(
     *,
     sample_weight: Any = None,
     training: bool = False,
-    batch_norm: str | None = None,
+    batch_norm: str = "frozen",
 ) -> Table:
     """Compares the layer-wise engine with the reference engine on a few of your own examples.
 

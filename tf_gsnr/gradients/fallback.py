@@ -10,7 +10,7 @@ import keras
 import tensorflow as tf
 from absl import logging
 
-from tf_gsnr.gradients import converters, forms
+from tf_gsnr.gradients import converters, forms, recurrent
 from tf_gsnr.gradients.capture import without_activation
 
 
@@ -19,7 +19,8 @@ def products(call) -> list:
     variables = call.unit.variables
     with converters.vectorised_ops():
         try:
-            gradients = tf.vectorized_map(*_one_example(call))
+            with recurrent.without_loops(call.layer, call.training):
+                gradients = tf.vectorized_map(*_one_example(call))
         except (ValueError, NotImplementedError, tf.errors.OpError) as error:
             logging.log_first_n(
                 logging.WARNING,

@@ -147,17 +147,27 @@ def prelu(call):
 @register_rule(layers.Conv2D, activation="activation")
 @register_rule(layers.Conv3D, activation="activation")
 def conv(call):
+    return _convolution(call, call.x, call.dz)
+
+
+@register_rule(layers.Conv1DTranspose, activation="activation")
+@register_rule(layers.Conv2DTranspose, activation="activation")
+@register_rule(layers.Conv3DTranspose, activation="activation")
+def conv_transpose(call):
+    """A convolution with input and output gradient in each other's place."""
+    return _convolution(call, call.dz, call.x)
+
+
+def _convolution(call, x, dz):
     """`G[n,k,c,o] = sum_t x[n,t*stride+k*dilation,c] dz[n,t,o]`."""
     layer = call.layer
-    if _is_adapted(layer):
-        return None
-    x, dz = _channels_last(call, call.x), _channels_last(call, call.dz)
-    if None in x.shape[2:] or None in dz.shape[2:]:
+    x, dz = _channels_last(call, x), _channels_last(call, dz)
+    if _is_adapted(layer) or None in x.shape[2:] or None in dz.shape[2:]:
         return None
     kernel = layer.kernel
     pads = _pads(layer, x.shape[2:-1], kernel.shape[:-2])
-    found = [(kernel, convolution.form(x, dz, kernel, layer.strides, layer.dilation_rate, pads))]
-    return found + _channel_bias(call)
+    form = convolution.form(x, dz, kernel, layer.strides, layer.dilation_rate, pads)
+    return [(kernel, form), *_channel_bias(call)]
 
 
 @register_rule(layers.DepthwiseConv1D, activation="activation")
@@ -198,21 +208,6 @@ def separable(call):
         (second, forms.outer(call, between, call.dz, second)),
         *_channel_bias(call),
     ]
-
-
-@register_rule(layers.Conv1DTranspose, activation="activation")
-@register_rule(layers.Conv2DTranspose, activation="activation")
-@register_rule(layers.Conv3DTranspose, activation="activation")
-def conv_transpose(call):
-    """A convolution with input and output gradient in each other's place."""
-    layer = call.layer
-    x, dz = _channels_last(call, call.x), _channels_last(call, call.dz)
-    if None in x.shape[2:] or None in dz.shape[2:]:
-        return None
-    kernel = layer.kernel
-    pads = _pads(layer, dz.shape[2:-1], kernel.shape[:-2])
-    found = [(kernel, convolution.form(dz, x, kernel, layer.strides, layer.dilation_rate, pads))]
-    return found + _channel_bias(call)
 
 
 def _depthwise(layer, x, dz, kernel):

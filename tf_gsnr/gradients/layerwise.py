@@ -34,7 +34,7 @@ def build(
     *,
     sign_counts: bool = False,
     training: bool = False,
-    batch_norm: str | None = None,
+    batch_norm: str = "frozen",
 ) -> Callable:
     """Returns `measure` as `gradients.contract` defines it.
 
@@ -45,7 +45,7 @@ def build(
       conservation.NotConserved: (by `measure`) a variable acts outside the `call` of its layer, or
         a layer mixes examples; the message names what is concerned.
     """
-    contract.check_batch_norm(model, training, batch_norm)
+    contract.check_batch_norm(batch_norm)
     seeds_of_model = contract.seed_variables(model)
     plans = {}  # structure of x -> rows per example of each call
 
@@ -70,7 +70,7 @@ def build(
     return measure
 
 
-def check(model, x, *, training=False, batch_norm=None) -> list:
+def check(model, x, *, training=False, batch_norm="frozen") -> list:
     """Checks conservation on random data like `x`, outside any graph or strategy.
 
     Returns:

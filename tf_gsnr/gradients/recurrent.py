@@ -13,6 +13,8 @@ import dataclasses
 import keras
 import tensorflow as tf
 
+from tf_gsnr.gradients import contract
+
 MOST_STEPS = 128  # longer sequences stay a loop: unrolled they would take minutes to trace
 _CELLS = (keras.layers.LSTMCell, keras.layers.GRUCell, keras.layers.SimpleRNNCell)
 
@@ -22,13 +24,60 @@ def can_unroll(layer, sequences, training) -> bool:
 
     The mask of a cell's dropout is drawn once per sequence, which a step alone does not know.
     """
-    if not isinstance(layer, keras.layers.RNN) or layer.stateful or not tf.is_tensor(sequences):
+    if not isinstance(layer, keras.layers.RNN) or not _is_short(layer, sequences):
         return False
-    cells = getattr(layer.cell, "cells", [layer.cell])
-    known = all(type(cell) in _CELLS for cell in cells)
-    drops = training and any(c.dropout or c.recurrent_dropout for c in cells if known)
+    known = all(type(cell) in _CELLS for cell in _cells(layer))
+    return known and not (training and _drops(layer))
+
+
+def _is_short(layer, sequences) -> bool:
+    """Whether the number of steps is known and small."""
+    if layer.stateful or not tf.is_tensor(sequences):
+        return False
     steps = sequences.shape[1]
-    return known and not drops and steps is not None and steps <= MOST_STEPS
+    return steps is not None and steps <= MOST_STEPS
+
+
+def _cells(layer):
+    return getattr(layer.cell, "cells", [layer.cell])
+
+
+def _drops(layer) -> bool:
+    return any(
+        getattr(c, "dropout", 0) or getattr(c, "recurrent_dropout", 0) for c in _cells(layer)
+    )
+
+
+def without_loops(model, training):
+    """While this is open, recurrent layers make their steps one by one, if these are few and known.
+
+    `tf.vectorized_map` takes minutes to trace the gradient of a loop, and cannot draw inside of it.
+
+    Raises:
+      ValueError: (by the layer's call) a loop that would have to draw the masks of its dropout.
+    """
+
+    def wrap(layer):
+        call = layer.call
+
+        def one_by_one(sequences, *args, **kwargs):
+            if _is_short(layer, sequences):
+                with unrolled(layer):
+                    return call(sequences, *args, **kwargs)
+            if training and _drops(layer):
+                raise ValueError(
+                    f"layer {layer.name!r} has dropout and {sequences.shape[1]} steps: in training "
+                    "mode tf.vectorized_map cannot draw its masks in a loop. Give the model's "
+                    f"input a fixed length of at most {MOST_STEPS} steps, set dropout and "
+                    "recurrent_dropout to 0 (a Dropout layer before it draws a mask per step), or "
+                    "measure with training=False"
+                )
+            return call(sequences, *args, **kwargs)
+
+        return one_by_one
+
+    layers = [v for v in contract.sublayers(model) if isinstance(v, keras.layers.RNN)]
+    return contract.replaced_calls([(layer, wrap(layer)) for layer in layers])
 
 
 @contextlib.contextmanager

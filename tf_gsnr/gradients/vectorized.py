@@ -11,7 +11,7 @@ from collections.abc import Callable
 import keras
 import tensorflow as tf
 
-from tf_gsnr.gradients import contract, converters
+from tf_gsnr.gradients import contract, converters, recurrent
 from tf_gsnr.moments import Moments
 
 
@@ -21,20 +21,22 @@ def build(
     *,
     sign_counts: bool = False,
     training: bool = False,
-    batch_norm: str | None = None,
+    batch_norm: str = "frozen",
 ) -> Callable:
     """Returns `measure` as `gradients.contract` defines it.
 
     Raises:
       ValueError: batch statistics are asked for: they tie one example's loss to the others.
     """
-    contract.check_batch_norm(model, training, batch_norm)
+    contract.check_batch_norm(batch_norm)
     if training and batch_norm == "batch" and contract.batch_norm_layers(model):
         names = ", ".join(layer.name for layer in contract.batch_norm_layers(model))
         raise ValueError(
-            f"batch_norm='batch' with engine='vectorized': the layers {names} would see one "
-            "example at a time, and every gradient through them would be exactly zero; use "
-            "engine='layerwise', or batch_norm='frozen'"
+            "training=True and batch_norm='batch' with engine='vectorized': the batch-"
+            f"normalisation layers {names} would see one example at a time, and every gradient "
+            "through them would be exactly zero. Choose: engine='layerwise' (statistics of the "
+            "micro-batch, gradients flow through them), batch_norm='frozen' (moving statistics, "
+            "dropout stays active) or training=False (all layers in inference mode)"
         )
     seeds_of_model = contract.seed_variables(model)
 
@@ -72,7 +74,8 @@ def build(
             return losses[0], gradients, tf.nest.map_structure(lambda v: v[0], prediction), drawn
 
         frozen = contract.frozen_batch_norm(model) if training else contract.replaced_calls([])
-        with converters.vectorised_ops(), frozen:
+        short = recurrent.without_loops(model, training)
+        with converters.vectorised_ops(), frozen, short:
             losses, gradients, predictions, drawn = tf.vectorized_map(
                 one_example, (tf.range(batch), x, y, () if sample_weight is None else sample_weight)
             )
