@@ -116,7 +116,8 @@ def normalization(call):
         return None
     found = []
     if scale is not None:
-        neutral = [(scale, tf.ones(scale.shape, scale.dtype))]
+        neutral = [(v, tf.convert_to_tensor(v.value)) for v in layer.non_trainable_variables]
+        neutral.append((scale, tf.ones(scale.shape, scale.dtype)))
         if offset is not None:
             neutral.append((offset, tf.zeros(offset.shape, offset.dtype)))
         with keras.StatelessScope(state_mapping=neutral):
