@@ -88,7 +88,7 @@ def test_replicas_are_the_loop(case, jit_compile, monkeypatch):
 
 def test_the_records_do_not_depend_on_how_many_train_together(tmp_path):
     """In float64, where the difference of two losses keeps its digits."""
-    keras.backend.set_floatx("float64")
+    keras.config.set_dtype_policy("float64")
     try:
         settings = osgr.settings(
             dataset="toy",
@@ -111,7 +111,7 @@ def test_the_records_do_not_depend_on_how_many_train_together(tmp_path):
             (configuration,) = osgr.configurations(settings)
             found.append(list(osgr.run(configuration, settings, bench)))
     finally:
-        keras.backend.set_floatx("float32")
+        keras.config.set_dtype_policy("float32")
     for records in found[1:]:
         for one, other in zip(records, found[0], strict=True):
             assert one.keys() == other.keys()
