@@ -29,7 +29,7 @@ SMALL = dict(
 REPOSITORY = Path(__file__).parent.parent
 
 
-def bench(path, settings):
+def bench(path, settings, traced=None):
     class Silent(progress.Progress):
         def advance(self, *args):
             pass
@@ -37,7 +37,7 @@ def bench(path, settings):
     source = data.load(settings.dataset)
     directory = RunDirectory(path, settings._asdict())
     directory.write_config({})
-    return Workbench(source, directory, Silent(1), traced={})
+    return Workbench(source, directory, Silent(1), traced={} if traced is None else traced)
 
 
 def test_against_plain_numpy_descent(tmp_path):
@@ -104,7 +104,8 @@ def test_divergence_is_an_error_that_says_where(tmp_path):
 def test_interrupted_in_the_middle_it_ends_with_the_same_records(tmp_path, monkeypatch):
     settings = osgr.settings(**SMALL)
     configuration = dict(n=30, p_random=0.0, width=4)
-    whole = list(osgr.run(configuration, settings, bench(tmp_path / "whole", settings)))
+    traced = {}
+    whole = list(osgr.run(configuration, settings, bench(tmp_path / "whole", settings, traced)))
     monkeypatch.setattr(osgr, "CHECKPOINT_SECONDS", 0)
 
     class Killed(Exception):
@@ -112,7 +113,7 @@ def test_interrupted_in_the_middle_it_ends_with_the_same_records(tmp_path, monke
 
     for after in (1, 2, 4):  # advances before the interruption
         path = tmp_path / f"killed{after}"
-        work = bench(path, settings)
+        work = bench(path, settings, traced)
         left = [after]
 
         def advance(*args, left=left):
@@ -124,7 +125,7 @@ def test_interrupted_in_the_middle_it_ends_with_the_same_records(tmp_path, monke
         with pytest.raises(Killed):
             list(osgr.run(configuration, settings, work))
         assert work.directory.load_checkpoint()
-        again = list(osgr.run(configuration, settings, bench(path, settings)))
+        again = list(osgr.run(configuration, settings, bench(path, settings, traced)))
         for a, b in zip(whole, again):
             assert a.keys() == b.keys()
             for name in a.keys() - {"seconds", "experiment", "dataset"}:

@@ -292,17 +292,23 @@ def build(model, loss, learning_rate: float, *, engine="auto", jit_compile=False
         for variable, value in zip(model.weights, weights):
             variable.assign(value[0])
 
+    graph = tf.function(autograph=False)  # else the axis that comes and goes costs more than a step
+
+    @graph
     def descend(chunks, steps, last_loss):
         found, loss, rises = one.descend(weights(), own(chunks), steps, last_loss[tf.newaxis])
         assign(found)
         return loss[0], rises[0]
 
+    @graph
     def moments(chunks):
         return tf.nest.map_structure(lambda v: v[0], one.moments(weights(), own(chunks)))
 
+    @graph
     def step(gradient):
         assign(one.step(weights(), [g[tf.newaxis] for g in gradient]))
 
+    @graph
     def losses(chunks):
         return one.losses(weights(), chunks)[0]
 
