@@ -37,10 +37,10 @@ def curves(records, name):
     return column(whole[0] if whole else [], "epoch"), np.array([column(g, name) for g in whole])
 
 
-def draw_mean(axis, x, values, line="-", **looks):
+def draw_mean(axis, x, values, *line, **looks):
     """The mean over seeds of `values [seeds, k]`, with a band of one standard error."""
     mean = values.mean(0)
-    (drawn,) = axis.plot(x, mean, line, **looks)
+    (drawn,) = axis.plot(x, mean, *line, **looks)
     if len(values) > 1:
         se = values.std(0, ddof=1) / np.sqrt(len(values))
         axis.fill_between(x, mean - se, mean + se, color=drawn.get_color(), alpha=0.2, linewidth=0)
