@@ -285,7 +285,7 @@ def run(argv):
     progress.say(
         f"{FLAGS.experiment} on {FLAGS.dataset}: {len(chosen)} configurations into "
         f"{directory.path}; engine {FLAGS.engine}, XLA {'on' if jit else 'off'}"
-        + (f", {strategy.num_replicas_in_sync} devices" if strategy else "")
+        + (f", {FLAGS.strategy} devices: {strategy.num_replicas_in_sync}" if strategy else "")
     )
     options = dict(engine=FLAGS.engine, jit_compile=jit, replicas=FLAGS.replicas, strategy=strategy)
     runner.go_through(experiment, settings, chosen, source, directory, **options)
