@@ -1,7 +1,8 @@
-"""Run by test_training_distributed.py in processes of its own: prints moments and histories.
+"""Run by the tests of strategies in processes of their own: writes what was found.
 
-python distributed_worker.py mirrored            two virtual devices in one process
-python distributed_worker.py worker FILE         one of several processes of TF_CONFIG
+python distributed_worker.py mirrored FILE         two virtual devices in one process
+python distributed_worker.py worker FILE           one of several processes of TF_CONFIG
+python distributed_worker.py descent FILE          an experiment on two virtual devices
 """
 
 import contextlib
@@ -16,11 +17,27 @@ import numpy as np
 import tensorflow as tf
 
 import tf_gsnr
+from tf_gsnr import data, progress, records
+from tf_gsnr.experiments import Workbench, data_parallel, osgr
 
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=[52, 6]).astype("float32")
 LABELS = RNG.integers(0, 3, 52)
 LOSS = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+
+
+# Three chunks on two devices; in float64 the differences of losses keep their digits.
+OSGR = dict(
+    dataset="toy",
+    n=[21],
+    p_random=[0.5],
+    width=[4],
+    epochs=[0, 3],
+    training_sets=2,
+    learning_rate=0.01,
+    test_size=50,
+    batch_size=8,
+)
 
 
 def network(strategy):
@@ -55,20 +72,43 @@ def training(strategy, measure_every):
     return [w.tolist() for w in model.get_weights()], history
 
 
-def mirrored():
+def two_devices():
     cpu = tf.config.list_physical_devices("CPU")[0]
     tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
-    strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
-    for each in (None, strategy):
+    return tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+
+
+def mirrored():
+    for each in (None, two_devices()):
         yield moments(each), training(each, 1), training(each, 3)
 
 
 def worker():
     strategy = tf.distribute.MultiWorkerMirroredStrategy()
     yield moments(strategy)
+    data_parallel.check_same_start(strategy, {"epoch": 3}, "runs/mine")
+    try:
+        data_parallel.check_same_start(strategy, data_parallel.worker(strategy), "runs/mine")
+    except ValueError as error:
+        yield str(error)
+
+
+def descent():
+    keras.config.set_dtype_policy("float64")
+    settings = osgr.settings(**OSGR)
+    for name, each in {"one": None, "two": two_devices()}.items():
+        directory = records.RunDirectory(f"{sys.argv[2]}.{name}", settings._asdict())
+        bar = progress.Progress(1)
+        source, how = data.load("toy"), dict(replicas=1, strategy=each)
+        bench = Workbench(source, directory, bar, traced={}, **how)
+        (configuration,) = osgr.configurations(settings)
+        for record in osgr.run(configuration, settings, bench):
+            directory.append(record)
+        yield directory.records()
 
 
 if __name__ == "__main__":
-    results = list({"mirrored": mirrored, "worker": worker}[sys.argv[1]]())
+    modes = {"mirrored": mirrored, "worker": worker, "descent": descent}
+    results = list(modes[sys.argv[1]]())
     with open(sys.argv[2], "w", encoding="utf-8") as file:
         json.dump(results, file)

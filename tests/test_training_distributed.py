@@ -84,7 +84,9 @@ def test_two_processes(tmp_path, mirrored):
         for process in processes:
             process.kill()
     assert found[0] == found[1]
-    assert_same_moments(mirrored[0][0], found[0][0])
+    moments, refusal = found[0]
+    assert_same_moments(mirrored[0][0], moments)
+    assert "do not start from the same place: runs/mine and" in refusal
 
 
 def free_ports(n):

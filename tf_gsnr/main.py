@@ -109,6 +109,14 @@ flags.DEFINE_string(
     "module:function, a function of your own, (input_shape, outputs, width) -> keras.Model. "
     "Default: the paper's for the data set.",
 )
+flags.DEFINE_enum(
+    "strategy",
+    "none",
+    ["none", "mirrored", "multi_worker"],
+    "osgr: the devices that share out each training set: none, one device; mirrored, all of this "
+    "machine; multi_worker, those of all processes of TF_CONFIG, each of which runs this command "
+    "(docs/measuring_your_model.md). Process i > 0 writes into <name>-worker<i>.",
+)
 _define_grid("n", int, "Training-set sizes.")
 _define_grid("p_random", float, "Probabilities with which a label is replaced by a random one.")
 _define_grid("width", int, "Widths of the network: p of tables 2 and 3, hidden units on toy data.")
@@ -183,6 +191,20 @@ def _shard():
     return slice(i, None, k), f"-{i}of{k}"
 
 
+def _strategy(experiment):
+    """The strategy of the flag, or None."""
+    from tf_gsnr.experiments import data_parallel
+
+    if FLAGS.strategy == "none":
+        return None
+    if FLAGS.replicas is not None:
+        raise ValueError(
+            f"--replicas={FLAGS.replicas} with --strategy={FLAGS.strategy}: there, models train "
+            "one after the other, each on all devices; leave one of the two flags out"
+        )
+    return data_parallel.strategy(FLAGS.strategy, getattr(experiment, "STRATEGIES", ()))
+
+
 def _environment(engine, jit_compile):
     import keras
     import numpy
@@ -231,15 +253,18 @@ def run(argv):
     if len(argv) > 1:
         raise ValueError(f"unexpected arguments {argv[1:]}: every option is a --flag=value")
     from tf_gsnr import data, experiments, gradients  # imports TensorFlow
-    from tf_gsnr.experiments import runner
+    from tf_gsnr.experiments import data_parallel, runner
 
     experiment = experiments.load(FLAGS.experiment)
+    strategy = _strategy(experiment)  # before anything else of TensorFlow runs
     gradients.check_engine_name(FLAGS.engine)
     jit = {"auto": "auto", "true": True, "false": False}[FLAGS.jit_compile]
     jit = gradients.resolve_jit_compile(jit)
     settings = experiment.settings(**_flag_values(experiment.Settings._fields))
     configurations = experiment.configurations(settings)
     part, suffix = _shard()
+    worker = data_parallel.worker(strategy)
+    suffix += f"-worker{worker}" if worker else ""
     chosen = configurations[part]
     if not chosen:
         raise ValueError(f"--shard={FLAGS.shard}: there are {len(configurations)} configurations")
@@ -255,13 +280,14 @@ def run(argv):
         grown=experiment.GRID,
         overwrite=FLAGS.overwrite,
     )
-    directory.write_config(_environment(FLAGS.engine, jit))
+    directory.write_config(_environment(FLAGS.engine, jit) | {"worker": worker})
     directory.write_plan(configurations, experiment.epochs(settings), experiment.GRID)
     progress.say(
         f"{FLAGS.experiment} on {FLAGS.dataset}: {len(chosen)} configurations into "
         f"{directory.path}; engine {FLAGS.engine}, XLA {'on' if jit else 'off'}"
+        + (f", {FLAGS.strategy} devices: {strategy.num_replicas_in_sync}" if strategy else "")
     )
-    options = dict(engine=FLAGS.engine, jit_compile=jit, replicas=FLAGS.replicas)
+    options = dict(engine=FLAGS.engine, jit_compile=jit, replicas=FLAGS.replicas, strategy=strategy)
     runner.go_through(experiment, settings, chosen, source, directory, **options)
     return _finish(directory)
 

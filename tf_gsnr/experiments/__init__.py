@@ -8,6 +8,8 @@ An experiment is a module with
     epochs(settings) -> the epochs of a configuration's records, one record each
     work(configuration, settings) -> float, proportional to its time
     run(configuration, settings, workbench) -> iterator of flat records
+and, where it can use several devices for one configuration,
+    STRATEGIES       those of `data_parallel.STRATEGIES` that it runs under
 and a line in `EXPERIMENTS`; its figure and its summary are in `plots.FIGURES`. A module of the
 user's own that has all of it is an experiment, too (docs/your_own_experiment.md).
 """
@@ -37,6 +39,7 @@ class Workbench(NamedTuple):
       engine: the name of the engine.
       jit_compile: whether XLA compiles.
       replicas: how many training sets' models train as one program; None for the best number.
+      strategy: the `tf.distribute.Strategy` of the devices; None for one device.
       traced: what an experiment keeps between configurations, so as to trace each network once.
     """
 
@@ -46,6 +49,7 @@ class Workbench(NamedTuple):
     engine: str = "auto"
     jit_compile: bool = False
     replicas: int | None = None
+    strategy: Any = None
     traced: dict = {}
 
 

@@ -1,32 +1,26 @@
 """Full-batch gradient descent on the per-example loss, with its loop in the graph.
 
-A data set is held as chunks `(x, y, valid)` with leading axes `[chunks, batch]`
-(`gradients.stack_chunks`), so that its size is no matter of memory. M models of one network descend
-as one program, each on a training set of its own (`build_replicas`); a single model is M = 1
-(`build`).
+A data set is held as chunks `(x, y, valid)` (`chunks`). M models of one network descend as one
+program, each on a training set of its own (`build_replicas`); a single model is M = 1 (`build`).
 
 With batch normalisation the statistics are those of the whole training set, at evaluation too. The
 set is then one batch of the forward and of the backward pass; the gradient flows through its
 statistics (`slopes` has the mathematics).
 
-Index letters: m replica (M in all), i chunk.
+Index letters: m replica (M in all).
 """
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable
 from typing import NamedTuple
 
-import keras
 import numpy as np
 import tensorflow as tf
 
-from tf_gsnr import gradients, metrics
-from tf_gsnr.experiments import replicas, slopes
+from tf_gsnr import metrics
+from tf_gsnr.experiments import chunks, replicas, slopes
 from tf_gsnr.gradients import recalibration
-from tf_gsnr.gradients.losses import per_example_loss
-from tf_gsnr.moments import Moments
 
 
 class Replicas(NamedTuple):
@@ -74,59 +68,9 @@ def build_replicas(
       m: how many models. XLA compiles the descent of several, whatever `jit_compile` is.
       engine, jit_compile: see `tf_gsnr.gradient_moments`.
     """
-    loss_fn = per_example_loss(loss, model)
-    measure = gradients.build_engine(model, loss, engine=engine, sign_counts=True)
-    places = {id(v): k for k, v in enumerate(model.weights)}
-    trainable = [places[id(v)] for v in model.trainable_variables]
-    each = replicas.each
+    of_chunk = chunks.of_chunk(model, loss, engine)
+    trainable, each = of_chunk.trainable, replicas.each
     normalized = bool(recalibration.batch_norm_layers(model))
-
-    def at(weights):
-        return keras.StatelessScope(state_mapping=list(zip(model.weights, weights)))
-
-    def chunk_losses(weights, x, y):
-        with at(weights):
-            return loss_fn(y, model(x, training=False))
-
-    def summed(losses, valid):
-        # In float32 losses near 2.3 differ by 2e-7, and a step moves them by 1e-4.
-        return tf.reduce_sum(tf.cast(tf.where(valid, losses, 0), tf.float64))
-
-    def training_losses(weights, x, y, valid):
-        with at(weights):
-            predictions, _ = recalibration.forward(model, x, valid)
-            return loss_fn(y, predictions)
-
-    def chunk_gradient(weights, x, y, valid):
-        parameters = [weights[k] for k in trainable]
-        with tf.GradientTape(watch_accessed_variables=False) as tape:
-            tape.watch(parameters)
-            losses = training_losses(weights, x, y, valid)
-            total = tf.reduce_sum(tf.where(valid, losses, 0))
-        found = tape.gradient(total, parameters, unconnected_gradients=tf.UnconnectedGradients.ZERO)
-        return summed(losses, valid), [tf.convert_to_tensor(g) for g in found]
-
-    def chunk_moments(weights, x, y, valid):
-        with at(weights):
-            return measure(x, y, None, valid).moments
-
-    def over_chunks(function, add, weights, x, y, valid):
-        """`function` of each replica and chunk, added up over the chunks."""
-
-        def chunk(i):
-            return each(lambda w, x, y: function(w, x[i], y[i], valid[i]), weights, x, y)
-
-        if valid.shape[0] == 1:
-            return chunk(0)
-        return tf.while_loop(
-            lambda i, _: i < tf.shape(valid)[0],
-            lambda i, total: (i + 1, add(total, chunk(i))),
-            (1, chunk(0)),
-            parallel_iterations=1,
-        )[1]
-
-    def plus(a, b):
-        return tf.nest.map_structure(operator.add, a, b)
 
     def step(weights, gradient):
         weights = list(weights)
@@ -146,22 +90,15 @@ def build_replicas(
         x, y, valid = batched(x, y, valid)
         n = tf.math.count_nonzero(valid, dtype=tf.float64)
 
-        def body(i, weights, previous, rises):
-            loss, gradient = over_chunks(chunk_gradient, plus, weights, x, y, valid)
-            loss /= n
-            weights = step(weights, [g / tf.cast(n, g.dtype) for g in gradient])
-            return i + 1, weights, loss, rises + tf.cast(loss > previous, tf.int32)
+        def mean_gradient(weights):
+            loss, gradient = chunks.over(of_chunk.gradient, chunks.plus, weights, x, y, valid)
+            return loss / n, [g / tf.cast(n, g.dtype) for g in gradient]
 
-        return tf.while_loop(
-            lambda i, *_: i < steps,
-            body,
-            (0, weights, last_loss, tf.zeros_like(last_loss, tf.int32)),
-            parallel_iterations=1,
-        )[1:]
+        return loop(mean_gradient, step, weights, last_loss, steps)
 
     def recalibrate(own, shared):
         def one(weights, x, y, valid):
-            with at(weights):
+            with of_chunk.at(weights):
                 _, statistics = recalibration.forward(model, x, valid)
             found = {id(variable): value for variable, value in statistics}
             return [found.get(id(v), w) for v, w in zip(model.weights, weights)]
@@ -173,31 +110,25 @@ def build_replicas(
         def noise(weights, x, y, valid, seed):
             parameters = [weights[k] for k in trainable]
             return slopes.summed_variance(
-                lambda: training_losses(weights, x, y, valid), parameters, valid, seed
+                lambda: of_chunk.training_losses(weights, x, y, valid), parameters, valid, seed
             )
 
         weights, seeds, (x, y, valid) = own[0], own[3], batched(*own[1:3], *shared)
         n = tf.math.count_nonzero(valid, dtype=tf.float64)
         total = each(lambda w, x, y, s: noise(w, x[0], y[0], valid[0], s), weights, x, y, seeds)
-        _, gradient = over_chunks(chunk_gradient, plus, weights, x, y, valid)
+        _, gradient = chunks.over(of_chunk.gradient, chunks.plus, weights, x, y, valid)
         return [g / tf.cast(n, g.dtype) for g in gradient], total / n
 
     def moments(own, shared):
-        def merge(a, b):
-            return each(Moments.merge, a, b)
-
-        return over_chunks(chunk_moments, merge, *own, *shared)
+        return chunks.over(of_chunk.moments, chunks.merge, *own, *shared)
 
     def mean_loss(own, shared):
-        def chunk(weights, x, y, valid):
-            return summed(chunk_losses(weights, x, y), valid)
-
         n = tf.math.count_nonzero(*shared, dtype=tf.float64)
-        return over_chunks(chunk, plus, *own, *shared) / n
+        return chunks.over(of_chunk.loss, chunks.plus, *own, *shared) / n
 
     def losses(own, shared):
         def chunk(data):
-            return each(lambda weights: chunk_losses(weights, *data), *own)
+            return each(lambda weights: of_chunk.losses(weights, *data), *own)
 
         (weights,), (x, y, valid) = own, shared
         shape = [weights[0].shape[0], valid.shape[1]]
@@ -257,8 +188,29 @@ def build_replicas(
         normalized_terms if normalized else plain_terms,
         step,
         lambda weights, own: mean_loss((list(weights), *own[:2]), (own[2],)),
-        lambda weights, chunks: losses((list(weights),), tuple(chunks)),
+        lambda weights, data: losses((list(weights),), tuple(data)),
     )
+
+
+def loop(mean_gradient, step, weights, last_loss, steps):
+    """That many steps in the graph; `(weights, loss, rises)`, as `descend` of `Replicas` has them.
+
+    Args:
+      mean_gradient: `weights -> (loss, gradient)`, of the training set.
+      step: `(weights, gradient) -> weights`.
+      weights, last_loss, steps: see `Replicas`.
+    """
+
+    def body(i, weights, previous, rises):
+        loss, gradient = mean_gradient(weights)
+        return i + 1, step(weights, gradient), loss, rises + tf.cast(loss > previous, tf.int32)
+
+    return tf.while_loop(
+        lambda i, *_: i < steps,
+        body,
+        (0, list(weights), last_loss, tf.zeros_like(last_loss, tf.int32)),
+        parallel_iterations=1,
+    )[1:]
 
 
 class Descent(NamedTuple):
@@ -284,8 +236,8 @@ def build(model, loss, learning_rate: float, *, engine="auto", jit_compile=False
     def weights():
         return [tf.expand_dims(v.value, 0) for v in model.weights]
 
-    def own(chunks):
-        x, y, valid = chunks
+    def own(data):
+        x, y, valid = data
         return tf.expand_dims(x, 0), tf.expand_dims(y, 0), valid
 
     def assign(weights):
@@ -295,21 +247,21 @@ def build(model, loss, learning_rate: float, *, engine="auto", jit_compile=False
     graph = tf.function(autograph=False)  # else the axis that comes and goes costs more than a step
 
     @graph
-    def descend(chunks, steps, last_loss):
-        found, loss, rises = one.descend(weights(), own(chunks), steps, last_loss[tf.newaxis])
+    def descend(data, steps, last_loss):
+        found, loss, rises = one.descend(weights(), own(data), steps, last_loss[tf.newaxis])
         assign(found)
         return loss[0], rises[0]
 
     @graph
-    def moments(chunks):
-        return tf.nest.map_structure(lambda v: v[0], one.moments(weights(), own(chunks)))
+    def moments(data):
+        return tf.nest.map_structure(lambda v: v[0], one.moments(weights(), own(data)))
 
     @graph
     def step(gradient):
         assign(one.step(weights(), [g[tf.newaxis] for g in gradient]))
 
     @graph
-    def losses(chunks):
-        return one.losses(weights(), chunks)[0]
+    def losses(data):
+        return one.losses(weights(), data)[0]
 
     return Descent(descend, moments, step, losses)

@@ -5,7 +5,8 @@ models trained apart by full-batch gradient descent, one test set. At chosen epo
 (19) are estimated on the same step: the measured side by (23), from the decrease of the losses, and
 the predicted side by (24), from the per-example gradients on the training sets.
 
-The models of several training sets train as one program where that pays (`replicas`).
+The models of several training sets train as one program where that pays (`replicas`); or each one
+on many devices, with a share of its training set on each (`data_parallel`).
 
 Index letters: t training set (1..M), r of those that train together, tau epoch (= gradient-descent
 iteration), i test example.
@@ -23,10 +24,11 @@ import numpy as np
 import tensorflow as tf
 
 from tf_gsnr import data, gradients, metrics, models
-from tf_gsnr.experiments import descent, replicas
+from tf_gsnr.experiments import data_parallel, descent, replicas
 from tf_gsnr.experiments.settings import POSITIVE, PROBABILITY, at_least, complete
 
 GRID = ("n", "p_random", "width", "epochs")
+STRATEGIES = data_parallel.STRATEGIES
 
 FIRST_ORDER_TOLERANCE = 0.1  # [ours] how far lambda |g|^2 may be off the measured decrease
 CHECKPOINT_SECONDS = 20
@@ -165,7 +167,9 @@ class _State:
         source = workbench.source
         self.configuration = configuration
         self.directory = workbench.directory
-        self.saved = time.monotonic()
+        self.strategy = workbench.strategy
+        self.clock = data_parallel.clock(self.strategy) if self.strategy else time.monotonic
+        self.saved = self.clock()
         network = _network(configuration, settings, workbench)
         self.model, self.descent, self.initial, self.together = network
         rng = self.rng(settings, stream=1)
@@ -178,6 +182,9 @@ class _State:
         self.decreases = np.zeros([len(settings.epochs), self.test_size])  # summed over t
         self.start(0, settings)
         self._restore(settings)
+        if self.strategy:
+            place = [configuration, self.t, self.epoch, len(self.rows)]
+            data_parallel.check_same_start(self.strategy, place, self.directory.path)
 
     def start(self, t, settings):
         """The training sets from the t-th on, as many as train together, at their first epoch."""
@@ -196,7 +203,7 @@ class _State:
         return json.dumps([self.configuration, settings.epochs])
 
     def save(self, settings):
-        self.saved = time.monotonic()
+        self.saved = self.clock()
         self.directory.save_checkpoint(
             {
                 "key": np.array(self._key(settings)),
@@ -229,32 +236,33 @@ def _network(configuration, settings, workbench):
             settings.model, source.input_shape, source.outputs, width, settings.seed
         )
         loss = "mse" if source.classes is None else models.cross_entropy
-        together = workbench.replicas
-        if together is None:
-            together = settings.training_sets if replicas.pays(model, source.input_shape) else 1
-        functions = descent.build_replicas(
-            model,
-            loss,
-            settings.learning_rate,
-            together,
-            engine=workbench.engine,
-            jit_compile=workbench.jit_compile,
-        )
+        how = dict(engine=workbench.engine, jit_compile=workbench.jit_compile)
+        learning_rate, together = settings.learning_rate, workbench.replicas
+        if workbench.strategy:
+            together = 1
+            functions = data_parallel.build(model, loss, learning_rate, workbench.strategy, **how)
+        else:
+            if together is None:
+                together = settings.training_sets if replicas.pays(model, source.input_shape) else 1
+            functions = descent.build_replicas(model, loss, learning_rate, together, **how)
         workbench.traced[width] = model, functions, model.get_weights(), together
     return workbench.traced[width]
 
 
 def _training_sets(state, settings, source):
     """Those that train together, as chunks: x and y with a leading axis r."""
-    c = state.configuration
+    c, batch_size = state.configuration, settings.batch_size
+    if state.strategy:  # no device without a chunk
+        batch_size = min(batch_size, -(-c["n"] // state.strategy.num_replicas_in_sync))
     found = []
     for t in range(state.t, state.t + len(state.rises)):
         rng = state.rng(settings, stream=2 + t)
         x, y = source.draw(c["n"], rng)
         y = data.randomise(y, c["p_random"], source, rng)
-        found.append(gradients.stack_chunks(x, y, settings.batch_size))
+        found.append(gradients.stack_chunks(x, y, batch_size))
     x, y, (valid, *_) = zip(*found)
-    return tf.constant(np.stack(x)), tf.constant(np.stack(y)), tf.constant(valid)
+    own = tf.constant(np.stack(x)), tf.constant(np.stack(y)), tf.constant(valid)
+    return data_parallel.share(state.strategy, own) if state.strategy else own
 
 
 def _descend_together(state, settings, workbench):
@@ -269,7 +277,7 @@ def _descend_together(state, settings, workbench):
     sets = f"set {state.t + 1}" if size == 1 else f"sets {state.t + 1} to {state.t + size}"
 
     def passed(work):
-        if time.monotonic() - state.saved > CHECKPOINT_SECONDS:
+        if state.clock() - state.saved > CHECKPOINT_SECONDS:
             state.save(settings)
         place = f"{sets} of {settings.training_sets}, epoch {state.epoch}"
         workbench.progress.advance(work, f"{text} | {place}")
@@ -278,14 +286,14 @@ def _descend_together(state, settings, workbench):
     for index in range(len(state.rows[state.t]), len(settings.epochs)):
         while state.epoch < settings.epochs[index]:
             steps = min(piece, settings.epochs[index] - state.epoch)
-            begin = time.monotonic()
+            begin = state.clock()
             found = state.descent.descend(
                 state.weights, own, tf.constant(steps), tf.constant(state.last_loss)
             )
             weights, state.last_loss, rises = tf.nest.map_structure(np.asarray, found)
             state.weights, state.rises = weights, state.rises + rises
             _check_losses(state, state.epoch + steps - 1)
-            piece = max(1, int(PIECE_SECONDS * steps / (time.monotonic() - begin + 1e-9)))
+            piece = max(1, int(PIECE_SECONDS * steps / (state.clock() - begin + 1e-9)))
             state.epoch += steps
             passed(descent_work * steps / steps_planned)
         rows, decrease = _measured_step(state, own)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 from tf_gsnr import progress, records
-from tf_gsnr.experiments import Workbench
+from tf_gsnr.experiments import Workbench, data_parallel
 
 
 def go_through(experiment, settings, configurations, source, directory, **how):
@@ -17,12 +17,16 @@ def go_through(experiment, settings, configurations, source, directory, **how):
       configurations: those to run, of all that the settings have.
       source: the opened data set.
       directory: the `records.RunDirectory`, which knows what is complete.
-      **how: to go about it: of the `Workbench`, `engine`, `jit_compile` and `replicas`.
+      **how: to go about it: of the `Workbench`, `engine`, `jit_compile`, `replicas` and
+        `strategy`.
     """
     works = [experiment.work(c, settings) for c in configurations]
     bar = progress.Progress(sum(works))
     bench = Workbench(source, directory, bar, traced={}, **how)
     written = directory.records()
+    if bench.strategy is not None:
+        done = [[c, sorted(records.measured_epochs(c, written))] for c in configurations]
+        data_parallel.check_same_start(bench.strategy, [directory.settings, done], directory.path)
     for index, (configuration, work) in enumerate(zip(configurations, works)):
         epochs = records.measured_epochs(configuration, written)
         if set(experiment.epochs(settings)) <= epochs:

@@ -105,10 +105,12 @@ def _gathered(strategy, state):
     bad = strategy.gather(bad, axis=0)
     bad = tf.reduce_min(tf.where(bad < 0, bad.dtype.max, bad))
     bad = tf.where(bad == bad.dtype.max, tf.constant(-1, bad.dtype), bad)
-    moments = tf.nest.map_structure(
-        lambda v: strategy.experimental_local_results(v)[0], moments, expand_composites=False
-    )
-    return moments, bad
+    return first(strategy, moments), bad
+
+
+def first(strategy, values):
+    """Of what all replicas have alike, one's."""
+    return tf.nest.map_structure(lambda v: strategy.experimental_local_results(v)[0], values)
 
 
 def _like(structure, leaves):
@@ -144,6 +146,19 @@ def _done(_):
     return True
 
 
+def sum_over_replicas(values: list) -> list:
+    """The sums over the replicas of these tensors, on each replica; called in one."""
+    context = tf.distribute.get_replica_context()
+    summed = {}
+    for dtype in dict.fromkeys(v.dtype for v in values):  # a round takes tensors of one dtype
+        places = [i for i, v in enumerate(values) if v.dtype == dtype]
+        # An argument of the function has no device of its own until it is copied.
+        parts = [tf.identity(values[i]) for i in places]
+        sums = context.all_reduce(tf.distribute.ReduceOp.SUM, parts)
+        summed |= dict(zip(places, sums))
+    return [summed[i] for i in range(len(values))]
+
+
 def all_reduce(moments: Moments) -> Moments:
     """The moments of the examples of all replicas, on each of them; called in a replica.
 
@@ -152,19 +167,7 @@ def all_reduce(moments: Moments) -> Moments:
 
     Two rounds, as m2 is centred on the mean of all: no large numbers are subtracted.
     """
-    context = tf.distribute.get_replica_context()
-
-    def total(values):
-        summed = {}
-        for dtype in dict.fromkeys(v.dtype for v in values):  # a round takes tensors of one dtype
-            places = [i for i, v in enumerate(values) if v.dtype == dtype]
-            # An argument of the function has no device of its own until it is copied.
-            parts = [tf.identity(values[i]) for i in places]
-            sums = context.all_reduce(tf.distribute.ReduceOp.SUM, parts)
-            summed |= dict(zip(places, sums))
-        return [summed[i] for i in range(len(values))]
-
-    (count,) = total([moments.count])
+    (count,) = sum_over_replicas([moments.count])
 
     def weight(dtype):  # n_r, and n or 1
         return tf.cast(moments.count, dtype), tf.cast(tf.maximum(count, 1), dtype)
@@ -172,12 +175,13 @@ def all_reduce(moments: Moments) -> Moments:
     def sums(value):
         return value * weight(value.dtype)[0]
 
-    means = total([sums(moments.loss), *map(sums, moments.mean)])
+    means = sum_over_replicas([sums(moments.loss), *map(sums, moments.mean)])
     loss, *mean = [v / weight(v.dtype)[1] for v in means]
-    m2 = total(
+    m2 = sum_over_replicas(
         [
             spread + weight(spread.dtype)[0] * tf.square(own - center)
             for spread, own, center in zip(moments.m2, moments.mean, mean)
         ]
     )
-    return Moments(count, loss, mean, m2, total(moments.positives), total(moments.negatives))
+    counts = map(sum_over_replicas, (moments.positives, moments.negatives))
+    return Moments(count, loss, mean, m2, *counts)

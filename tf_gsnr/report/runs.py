@@ -93,10 +93,16 @@ def read(path) -> Run:
         settings = dict(config["settings"])
         experiment = settings.pop("experiment")
         found = records.read_records(path)
+        worker = config.get("worker", 0)
     except FileNotFoundError as error:
         raise ValueError(f"{path}: no run: it has no {Path(error.filename).name}") from None
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: no run of an experiment: {error!r} in config.json") from None
+    if worker:
+        raise ValueError(
+            f"{path}: process {worker} of a run in several processes wrote it; the chief's "
+            "directory, without -worker in its name, has the same records"
+        )
     try:
         plan = records.read_plan(path)
     except FileNotFoundError:
@@ -187,7 +193,7 @@ def command(run: Run) -> str:
     shown = [
         f"--{name}{equals}{_public(name, value)}"
         for name, equals, value in given
-        if name not in ("shard", "runs_dir", "overwrite")
+        if name not in ("shard", "strategy", "runs_dir", "overwrite")
     ]
     return " ".join(["python -m tf_gsnr.main", *shown])
 
