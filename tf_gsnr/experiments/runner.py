@@ -32,6 +32,8 @@ def go_through(experiment, settings, configurations, source, directory, **how):
         if set(experiment.epochs(settings)) <= epochs:
             bar.skip(work)
             continue
+        text = ", ".join(f"{k}={v}" for k, v in configuration.items())
+        bar.advance(0, f"{text} | starting")
         begin = time.monotonic()
         try:
             for record in experiment.run(configuration, settings, bench):
@@ -40,5 +42,4 @@ def go_through(experiment, settings, configurations, source, directory, **how):
         finally:
             seconds = time.monotonic() - begin
             directory.add_seconds(seconds)
-        text = ", ".join(f"{k}={v}" for k, v in configuration.items())
         bar.say(f"configuration {index + 1} of {len(configurations)}: {text} in {seconds:.0f} s")
