@@ -222,6 +222,7 @@ def points(dataset, offset, **fields):
             osgr_predicted=0.1 * n,
             osgr_predicted_se=0.0,
             small_step=True,
+            first_order_ratio=1.01,
             **fields,
         )
         for epoch in (0, 5)
@@ -232,6 +233,7 @@ def points(dataset, offset, **fields):
 def test_claims_follow_from_the_numbers():
     on, off = plots.osgr.claims(points("mnist", 0)), plots.osgr.claims(points("toy", 0.3))
     assert [c.verdict for c in on] == [HOLDS, HOLDS] and on[0].where == "figure 4"
+    assert "+0.300 at epoch 5" in off[0].why and "1.010 of what" in off[0].why
     assert "0.907" in on[1].paper and "Pearson 1.000" in on[1].ours
     assert [c.verdict for c in off] == [FAILS, HOLDS] and off[0].where == "figure 11"
     constant = dict(osgr_predicted_frozen_se=0.01)

@@ -88,6 +88,7 @@ def claims(records: list[dict]) -> list[Claim]:
     low, correlation = _correlation(small, field)
     if not frozen:
         reported = "0.907 to 0.968 [reported]" if where == "figure 4" else "high [text]"
+        why = "; ".join(filter(None, [_possible_causes(small), why]))
         return [
             Claim(
                 where,
@@ -125,6 +126,20 @@ def claims(records: list[dict]) -> list[Claim]:
             "; ".join(filter(None, [follow + _correlation(small, "osgr_predicted")[1], why])),
         ),
     ]
+
+
+def _possible_causes(records):
+    """What the step size and the noise can account for of the distance to the diagonal."""
+    first_order = column(records, "first_order_ratio").mean()
+    errors = [column(records, f"osgr_{side}_se") for side in ("measured", "predicted")]
+    gaps = _agreement(records, "osgr_predicted")["measured_minus_predicted"]
+    distances = ", ".join(f"{gap:+.3f} at epoch {epoch}" for epoch, gap in gaps.items())
+    return (
+        f"measured - predicted is {distances}. The step size: to first order the training loss "
+        f"falls by lambda |g|^2, on average {first_order:.3f} of what it does fall by. The number of "
+        "training sets and the finite test set: a point's standard error is "
+        f"{np.median(np.hypot(*errors)):.3f} (median)"
+    )
 
 
 def _near_the_diagonal(records, field):
