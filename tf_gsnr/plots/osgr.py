@@ -136,8 +136,8 @@ def _possible_causes(records):
     distances = ", ".join(f"{gap:+.3f} at epoch {epoch}" for epoch, gap in gaps.items())
     return (
         f"measured - predicted is {distances}. The step size: to first order the training loss "
-        f"falls by lambda |g|^2, on average {first_order:.3f} of what it does fall by. The number of "
-        "training sets and the finite test set: a point's standard error is "
+        f"falls by lambda |g|^2, on average {first_order:.3f} of what it does fall by. The number "
+        "of training sets and the finite test set: a point's standard error is "
         f"{np.median(np.hypot(*errors)):.3f} (median)"
     )
 
