@@ -111,6 +111,23 @@ def over(function, add, weights, x, y, valid):
     )[1]
 
 
+def total(function, data):
+    """The sum over the chunks of `function(x, y, valid)`, nested tensors; one chunk at a time."""
+
+    def one(k):
+        return function(*(v[k] for v in data))
+
+    if data[2].shape[0] == 1:
+        return one(0)
+    number = tf.shape(data[2])[0]
+    return tf.while_loop(
+        lambda k, _: k < number,
+        lambda k, found: (k + 1, plus(found, one(k))),
+        (1, one(0)),
+        parallel_iterations=1,
+    )[1]
+
+
 def plus(a, b):
     return tf.nest.map_structure(operator.add, a, b)
 

@@ -26,6 +26,7 @@ from typing import NamedTuple
 import keras
 import tensorflow as tf
 
+from tf_gsnr.experiments.chunks import total
 from tf_gsnr.gradients.converters import vectorised_ops
 
 
@@ -90,8 +91,8 @@ def feature_terms(model, layer, loss_fn, learning_rate: float, chunks) -> Terms:
             y_pred = layer.activation(outputs)
             for one in above:
                 y_pred = one(y_pred, training=False)
-            total = tf.reduce_sum(tf.where(valid, loss_fn(y, y_pred), 0))
-        return tape.gradient(total, outputs)
+            loss = tf.reduce_sum(tf.where(valid, loss_fn(y, y_pred), 0))
+        return tape.gradient(loss, outputs)
 
     def jacobian(s):
         """A_sc,p of one output, `[c, *shape of p]` for each parameter."""
@@ -104,7 +105,7 @@ def feature_terms(model, layer, loss_fn, learning_rate: float, chunks) -> Terms:
             with vectorised_ops():
                 return tape.jacobian(mean, parameters)
 
-        return _sum_over_chunks(of_chunk, chunks)
+        return total(of_chunk, chunks)
 
     def of_output(s, squares, gradient):
         found = jacobian(s)
@@ -129,7 +130,7 @@ def feature_terms(model, layer, loss_fn, learning_rate: float, chunks) -> Terms:
         through_features = tf.einsum(product, forward.jvp(a), delta) / n
         return [through_features, tf.einsum(product, a, forward.jvp(delta)) / n]
 
-    through_features, through_errors = _sum_over_chunks(changes, chunks)
+    through_features, through_errors = total(changes, chunks)
     own = -learning_rate * kernel * tf.transpose(squares.stack())  # (28)
     return Terms(own, through_features - own, through_errors)
 
@@ -151,19 +152,3 @@ def _split(model, layer):
     if not any(one.trainable_variables for one in below):
         raise ValueError(f"layer {layer.name!r} has no trainable layers below it")
     return below, model.layers[place + 1 :]
-
-
-def _sum_over_chunks(function, chunks):
-    """The sum over all chunks of a list of tensors, one chunk at a time."""
-
-    def one(k):
-        return function(*(v[k] for v in chunks))
-
-    def body(k, total):
-        return k + 1, [a + b for a, b in zip(total, one(k))]
-
-    start = (1, one(0))
-    if chunks[2].shape[0] == 1:
-        return start[1]
-    chunks_in_all = tf.shape(chunks[2])[0]
-    return tf.while_loop(lambda k, _: k < chunks_in_all, body, start, parallel_iterations=1)[1]

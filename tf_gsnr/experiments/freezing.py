@@ -17,9 +17,10 @@ from typing import NamedTuple
 import numpy as np
 import tensorflow as tf
 
-from tf_gsnr import gradients, metrics, models
+from tf_gsnr import arrays, gradients, metrics, models
 from tf_gsnr.experiments import descent
 from tf_gsnr.experiments.settings import POSITIVE, at_least, complete
+from tf_gsnr.experiments.weight_statistics import correlation
 
 GRID = ("repeats",)
 
@@ -96,8 +97,8 @@ def run(configuration: dict, settings: Settings, workbench) -> Iterator[dict]:
             "epoch": epoch,
             "train_loss": float(moments.loss),
             "test_loss": float(np.mean((model(test[0]).numpy() - test[1]) ** 2)),
-            "gsnr/second_layer": _mean(np.concatenate([ratios[i].ravel() for i in second])),
-            "same_sign/second_layer": _mean(np.concatenate([signs[i].ravel() for i in second])),
+            "gsnr/second_layer": arrays.mean(arrays.flat([ratios[i] for i in second])),
+            "same_sign/second_layer": arrays.mean(arrays.flat([signs[i] for i in second])),
             **{f"gsnr/feature{c:02d}": value for c, value in enumerate(kernel[:, 0])},
             **{f"correlation/feature{c:02d}": r for c, r in enumerate(_correlations(model, test))},
             "seconds": time.monotonic() - start,
@@ -132,12 +133,4 @@ def _correlations(model, data):
     """Pearson correlation of each hidden feature with the target; NaN for a dead one."""
     hidden = model.get_layer("hidden")(data[0]).numpy().astype(float)
     y = data[1][:, 0].astype(float)
-    hidden, y = hidden - hidden.mean(0), y - y.mean()
-    scale = np.sqrt((hidden**2).mean(0) * (y**2).mean())
-    product = (hidden * y[:, None]).mean(0)
-    return np.where(scale > 0, product / np.where(scale > 0, scale, 1), np.nan)
-
-
-def _mean(values):
-    values = values[~np.isnan(values)]
-    return float(values.mean()) if len(values) else float("nan")
+    return [correlation(feature, y) for feature in hidden.T]

@@ -12,6 +12,8 @@ from typing import NamedTuple
 
 import tensorflow as tf
 
+from tf_gsnr.experiments.chunks import total
+
 
 class Changes(NamedTuple):
     """What the tried steps change; lists have an array per kernel, of the kernel's shape.
@@ -66,25 +68,16 @@ def changes(model, loss_fn, learning_rate: float, chunks) -> Changes:
 
 def mean_gradient(model, loss_fn, values, chunks):
     """The mean loss (float64) and its gradient where the trainable variables have these values."""
-    x, y, valid = chunks
-    n = tf.math.count_nonzero(valid, dtype=tf.float64)
+    n = tf.math.count_nonzero(chunks[2], dtype=tf.float64)
     rest = [v.value for v in model.non_trainable_variables]
 
-    def of_chunk(k):
+    def of_chunk(x, y, valid):
         with tf.GradientTape() as tape:
             tape.watch(values)
-            y_pred, _ = model.stateless_call(values, rest, x[k], training=False)
-            losses = tf.where(valid[k], loss_fn(y[k], y_pred), 0)
+            y_pred, _ = model.stateless_call(values, rest, x, training=False)
+            losses = tf.where(valid, loss_fn(y, y_pred), 0)
         found = tape.gradient(losses, values, unconnected_gradients=tf.UnconnectedGradients.ZERO)
         return tf.reduce_sum(tf.cast(losses, tf.float64)), found
 
-    def body(k, loss, gradient):
-        more_loss, more = of_chunk(k)
-        return k + 1, loss + more_loss, [a + b for a, b in zip(gradient, more)]
-
-    start = tf.zeros([], tf.float64), [tf.zeros_like(v) for v in values]
-    number = tf.shape(valid)[0]
-    _, loss, gradient = tf.while_loop(
-        lambda k, *_: k < number, body, (0, *start), parallel_iterations=1
-    )
+    loss, gradient = total(of_chunk, chunks)
     return loss / n, [g / tf.cast(n, g.dtype) for g in gradient]

@@ -23,7 +23,7 @@ from typing import NamedTuple
 import numpy as np
 import tensorflow as tf
 
-from tf_gsnr import data, gradients, metrics, models
+from tf_gsnr import arrays, data, gradients, metrics, models
 from tf_gsnr.experiments import data_parallel, descent, replicas
 from tf_gsnr.experiments.settings import POSITIVE, PROBABILITY, at_least, complete
 
@@ -386,11 +386,5 @@ def _record(rows, test_decreases, learning_rate) -> dict:
     taken |= {"noise", "signal", "noise_frozen", "signal_frozen"}
     for name in rows[0]:
         if name not in taken and not name.startswith(("train_", "test_")):
-            record[name] = _mean(column(name))
+            record[name] = arrays.mean(column(name))
     return record
-
-
-def _mean(values):
-    """Over the training sets, leaving out where there is no value."""
-    values = values[~np.isnan(values)]
-    return float(values.mean()) if len(values) else float("nan")

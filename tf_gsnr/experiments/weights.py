@@ -173,7 +173,7 @@ def _network(settings, workbench) -> _Network:
     if "network" not in workbench.traced:
         model, source = initial(settings, workbench.source, settings.seed), workbench.source
         check_chain(model, settings)
-        loss = "mse" if source.classes is None else _CROSS_ENTROPY
+        loss = "mse" if source.classes is None else models.cross_entropy
         loss_fn = per_example_loss(loss, model)
         options = dict(engine=workbench.engine, jit_compile=workbench.jit_compile)
         places = gradient_change.kernels(model)
@@ -225,9 +225,6 @@ def _columns(kernels, changes):
 def initial(settings: Settings, source, seed: int) -> keras.Model:
     """The network with the initial weights of a seed."""
     return models.build(settings.model, source.input_shape, source.outputs, settings.width, seed)
-
-
-_CROSS_ENTROPY = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
 
 
 def _start(seed, network, settings, workbench) -> int:
