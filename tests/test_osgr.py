@@ -97,7 +97,7 @@ def test_a_large_step_is_marked(tmp_path):
 
 def test_divergence_is_an_error_that_says_where(tmp_path):
     settings = osgr.settings(**SMALL | dict(learning_rate=1e6, epochs=[50]))
-    with pytest.raises(ValueError, match=r"epoch \d+ of training set 1 \(n=20.*learning_rate"):
+    with pytest.raises(ValueError, match=r"epoch \d+ of training set \d \(n=20.*learning_rate"):
         list(osgr.run(dict(n=20, p_random=0.0, width=4), settings, bench(tmp_path, settings)))
 
 

@@ -131,3 +131,20 @@ def test_where_it_pays():
     assert not replicas.pays(models.build("mnist_cnn", (16, 16, 1), 3, 2, seed=0), (16, 16, 1))
     lstm = keras.Sequential([keras.Input((4, 2)), keras.layers.LSTM(3), keras.layers.Dense(1)])
     assert not replicas.pays(lstm, (4, 2))
+
+
+@pytest.mark.parametrize("data_format", ["NHWC", "NCHW"])
+@pytest.mark.parametrize("shape", [(4, 3, 3), (4, 3, 5, 3)])
+def test_a_bias_of_each_replicas_own_is_added_without_a_loop(shape, data_format):
+    rng = np.random.default_rng(0)
+    z, bias = tf.constant(rng.normal(size=(2, *shape))), tf.constant(rng.normal(size=(2, 3)))
+
+    @tf.function(autograph=False)
+    def both(z, bias):
+        return replicas.each(lambda z, b: tf.nn.bias_add(z, b, data_format), z, bias)
+
+    graph = both.get_concrete_function(z, bias).graph
+    assert not [op for op in graph.get_operations() if "While" in op.type]
+    channel = 1 if data_format == "NCHW" else -1
+    for one_z, one_bias, found in zip(z.numpy(), bias.numpy(), both(z, bias).numpy()):
+        close(found, np.moveaxis(np.moveaxis(one_z, channel, -1) + one_bias, -1, channel))

@@ -11,28 +11,33 @@ import numpy as np
 import tensorflow as tf
 
 
+def is_tensor(value):
+    """`tf.is_tensor`, which takes 30 us to say that a numpy array is none."""
+    return not isinstance(value, (np.ndarray, np.generic, int, float)) and tf.is_tensor(value)
+
+
 def namespace(value):
     """numpy, or keras.ops for a tensor."""
-    return keras.ops if tf.is_tensor(value) else np
+    return keras.ops if is_tensor(value) else np
 
 
 def wide(arrays):
-    return [a if tf.is_tensor(a) else np.asarray(a, np.float64) for a in arrays]
+    return [a if is_tensor(a) else np.asarray(a, np.float64) for a in arrays]
 
 
 def like(array, scalar):
     """The scalar in the array's dtype."""
-    return tf.cast(scalar, array.dtype) if tf.is_tensor(array) else array.dtype.type(scalar)
+    return tf.cast(scalar, array.dtype) if is_tensor(array) else array.dtype.type(scalar)
 
 
 def like_float(counts):
-    return tf.cast(counts, tf.float32) if tf.is_tensor(counts) else counts.astype(np.float64)
+    return tf.cast(counts, tf.float32) if is_tensor(counts) else counts.astype(np.float64)
 
 
 def divide(a, b, where_zero):
     """a / b, and `where_zero` where b is 0."""
     xp = namespace(a)
-    a, b = (v if tf.is_tensor(v) else np.asarray(v) for v in (a, b))
+    a, b = (v if is_tensor(v) else np.asarray(v) for v in (a, b))
     zero = b == 0
     return xp.where(zero, like(a, where_zero), a / xp.where(zero, like(b, 1), b))
 
@@ -73,9 +78,9 @@ def quantile(values, q):
 
 
 def index(number):
-    return tf.cast(number, tf.int32) if tf.is_tensor(number) else int(number)
+    return tf.cast(number, tf.int32) if is_tensor(number) else int(number)
 
 
 def scalar(value):
     """A Python number, or the tensor as it is."""
-    return value if tf.is_tensor(value) else np.asarray(value).item()
+    return value if is_tensor(value) else np.asarray(value).item()

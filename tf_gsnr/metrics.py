@@ -10,7 +10,6 @@ Index letters: n the number of examples, j parameter, t training set (1..M), i t
 from __future__ import annotations
 
 import numpy as np
-import tensorflow as tf
 
 from tf_gsnr import arrays
 from tf_gsnr.moments import Moments
@@ -315,7 +314,7 @@ def _squared_norm(moments):
 
 
 def _check_count(moments):
-    if not tf.is_tensor(moments.count) and moments.count < 2:
+    if not arrays.is_tensor(moments.count) and moments.count < 2:
         raise ValueError(
             f"moments of {int(moments.count)} example(s) have no variance; expected at least 2"
         )

@@ -142,9 +142,9 @@ class Moments(NamedTuple):
 
 
 def _float64(value):
-    return tf.cast(value, tf.float64) if tf.is_tensor(value) else np.float64(value)
+    return tf.cast(value, tf.float64) if arrays.is_tensor(value) else np.float64(value)
 
 
 def _float_free(condition, like):
     """`condition` as 0 or 1 in the integer type of `like`."""
-    return tf.cast(condition, like.dtype) if tf.is_tensor(like) else int(condition)
+    return tf.cast(condition, like.dtype) if arrays.is_tensor(like) else int(condition)

@@ -133,7 +133,9 @@ def build_replicas(
         (weights,), (x, y, valid) = own, shared
         shape = [weights[0].shape[0], valid.shape[1]]
         signature = tf.TensorSpec(shape, weights[0].dtype)
-        found = tf.map_fn(chunk, (x, y), fn_output_signature=signature, parallel_iterations=1)
+        found = tf.map_fn(
+            chunk, (x, y), fn_output_signature=signature, parallel_iterations=chunks.SIDE_BY_SIDE
+        )
         return tf.transpose(found, [1, 0, 2])
 
     def grouped(function, x_of, jit_compile):

@@ -194,6 +194,18 @@ _INPUTS = {
 }
 
 
+def _bias(node):
+    """TensorFlow's own converter is wrong for channels first where all have one bias."""
+    if not node.input(1)[1]:
+        return _batched("BiasAdd", [0])(node)
+    node.stack_inputs()
+    z, bias = node.stacked_input(0), node.stacked_input(1)  # [n, b, c, *t] or [n, b, *t, c]; [n, c]
+    channel = 2 if node.get_attr("data_format") == b"NCHW" else z.shape.rank - 1
+    n, c = tf.unstack(tf.shape(bias))
+    shape = [n, *[1] * (channel - 1), c, *[1] * (z.shape.rank - 1 - channel)]
+    return _pfor.wrap(z + tf.reshape(bias, shape), True)
+
+
 def _bias_gradient(node):
     """TensorFlow's own converter is wrong for channels first unless the input has rank 4."""
     dz = node.stacked_input(0)  # [n, b, c, *t] or [n, b, *t, c]
@@ -239,7 +251,7 @@ _CONVERTERS = {
     "DepthwiseConv2dNativeBackpropInput": _batched(
         "DepthwiseConv2dNativeBackpropInput", [2], sizes=0
     ),
-    "BiasAdd": _batched("BiasAdd", [0]),
+    "BiasAdd": _bias,
     "BiasAddGrad": _bias_gradient,
     "Conv2D": _channels_last("Conv2D", [0]),
     "Conv2DBackpropInput": _channels_last("Conv2DBackpropInput", [2], sizes=0),
