@@ -23,6 +23,7 @@ class Progress:
         self.skipped = 0.0
         self._terminal = self.stream.isatty()
         self._last = -float("inf")
+        self._estimated = False
 
     def skip(self, work: float):
         """Counts work that an earlier run has done already."""
@@ -30,12 +31,17 @@ class Progress:
         self.skipped += work
 
     def advance(self, work: float, text: str):
-        """Counts work as done and shows `text` with the share done and the time left."""
+        """Counts work as done and shows `text` with the share done and the time left.
+
+        Now and then, and as soon as the time left can be estimated.
+        """
         self.done += work
         now = time.monotonic()
-        if now - self._last < (0.2 if self._terminal else 10):
+        wanted = work > 0 and not self._estimated
+        if not wanted and now - self._last < (0.2 if self._terminal else 10):
             return
         self._last = now
+        self._estimated |= wanted
         elapsed = now - self.start
         share = self.done / self.total
         worked = self.done - self.skipped
@@ -57,8 +63,14 @@ def say(text: str, stream=None):
 
 
 def _clock(seconds: float) -> str:
+    """
+    >>> _clock(61), _clock(7261), _clock(3e5), _clock(float("nan"))
+    ('1:01', '2:01:01', '3.5 days', '?')
+    """
     if seconds != seconds:
         return "?"
+    if seconds >= 48 * 3600:
+        return f"{seconds / 86400:.1f} days"
     hours, rest = divmod(int(seconds + 0.5), 3600)
     minutes, seconds = divmod(rest, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
