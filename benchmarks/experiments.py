@@ -39,8 +39,8 @@ import numpy as np  # noqa: E402
 import tensorflow as tf  # noqa: E402
 from engines import interleaved  # noqa: E402
 
-from tf_gsnr import data, gradients, metrics, models  # noqa: E402
-from tf_gsnr.experiments import descent  # noqa: E402
+from tf_gsnr import data, metrics, models  # noqa: E402
+from tf_gsnr.experiments import chunks, descent  # noqa: E402
 from tf_gsnr.gradients.losses import per_example_loss  # noqa: E402
 
 MODELS = 100
@@ -49,7 +49,7 @@ INFINITY = tf.constant(np.inf, tf.float64)
 
 
 def chunks_of(x, y, batch=500):
-    return tuple(map(tf.constant, gradients.stack_chunks(x, y, batch)))
+    return chunks.of_data(x, y, batch)
 
 
 def osgr_epochs(n, width):

@@ -187,7 +187,17 @@ MODELS: dict[str, Callable] = {
     "linear_svm": linear_svm,
 }
 
-LOSSES: dict[str, Callable] = {"linear_svm": hinge}  # of the others: cross_entropy
+LOSSES: dict[str, Callable] = {"linear_svm": hinge}  # of the others, see `loss`
+
+
+def loss(name: str, classes):
+    """The loss of the named network, as `gradients.gradient_moments` takes it.
+
+    Args:
+      name: as in `build`.
+      classes: the data set's, `data.Source.classes`; None for a regression.
+    """
+    return "mse" if classes is None else LOSSES.get(name, cross_entropy)
 
 
 def build(name: str, input_shape, outputs: int, width: int, seed: int) -> keras.Model:

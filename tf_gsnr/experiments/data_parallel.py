@@ -76,7 +76,7 @@ def build(model, loss, learning_rate: float, strategy, *, engine="auto", jit_com
     Raises:
       ValueError: a model with batch normalisation.
     """
-    if recalibration.batch_norm_layers(model):
+    if recalibration.normalizing_layers(model):
         raise ValueError(
             f"model {model.name!r} has batch normalisation, whose statistics are those of the "
             "whole training set: it must be on one device. Expected --strategy=none; --shard=i/k "

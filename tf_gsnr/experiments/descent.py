@@ -70,7 +70,7 @@ def build_replicas(
     """
     of_chunk = chunks.of_chunk(model, loss, engine)
     trainable, each = of_chunk.trainable, replicas.each
-    normalized = bool(recalibration.batch_norm_layers(model))
+    normalized = bool(recalibration.normalizing_layers(model))
 
     def step(weights, gradient):
         weights = list(weights)

@@ -179,7 +179,7 @@ def _network(name, settings, workbench) -> _Network:
 def _build(name, settings, workbench):
     source, size = workbench.source, settings.batch_size
     model = models.build(name, source.input_shape, source.outputs, settings.width, settings.seed)
-    loss = models.LOSSES.get(name, models.cross_entropy)
+    loss = models.loss(name, source.classes)
     jit_compile = workbench.jit_compile
     # Plain SGD has no state but the weights: they and the epoch are all that a checkpoint needs.
     model.compile(

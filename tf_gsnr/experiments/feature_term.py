@@ -54,7 +54,7 @@ def feature_terms(model, layer, loss_fn, learning_rate: float, chunks) -> Terms:
       layer: a `Dense` layer of it, with trainable layers below.
       loss_fn: `(y_true, y_pred) -> [batch]`, see `gradients.losses.per_example_loss`.
       learning_rate: lambda.
-      chunks: `(x, y, valid)`, see `gradients.stack_chunks`.
+      chunks: `(x, y, valid)`, see `chunks.of_data`.
 
     Returns:
       `Terms` of the kernel's shape and dtype.

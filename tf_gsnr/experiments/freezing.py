@@ -17,8 +17,9 @@ from typing import NamedTuple
 import numpy as np
 import tensorflow as tf
 
-from tf_gsnr import arrays, gradients, metrics, models
+from tf_gsnr import arrays, metrics, models
 from tf_gsnr.experiments import descent
+from tf_gsnr.experiments.chunks import of_data
 from tf_gsnr.experiments.settings import POSITIVE, at_least, complete
 from tf_gsnr.experiments.weight_statistics import correlation
 
@@ -80,10 +81,21 @@ def run(configuration: dict, settings: Settings, workbench) -> Iterator[dict]:
     model.set_weights(
         [rng.normal(0, scale, w.shape) if w.ndim > 1 else w * 0 for w in model.get_weights()]
     )
-    chunks = tuple(map(tf.constant, gradients.stack_chunks(*train, len(train[1]))))
+    chunks = of_data(*train, len(train[1]))
     text = ", ".join(f"{k}={v}" for k, v in configuration.items())
     last_loss = np.inf
     for epoch in epochs(settings):
+        if epoch:
+            loss, _ = functions.descend(
+                chunks, tf.constant(settings.every), tf.constant(last_loss, tf.float64)
+            )
+            last_loss = float(loss)
+            if not np.isfinite(last_loss):
+                raise ValueError(
+                    f"the training loss is {last_loss} before step {epoch} ({text}): the descent "
+                    "diverged (a smaller --learning_rate?)"
+                )
+            workbench.progress.advance(settings.every, f"{text} | step {epoch}")
         moments = tf.nest.map_structure(np.asarray, functions.moments(chunks))
         paths = [v.path for v in model.trainable_variables]
         second = [i for i, path in enumerate(paths) if "/output/" in path]
@@ -103,16 +115,6 @@ def run(configuration: dict, settings: Settings, workbench) -> Iterator[dict]:
             **{f"correlation/feature{c:02d}": r for c, r in enumerate(_correlations(model, test))},
             "seconds": time.monotonic() - start,
         }
-        loss, _ = functions.descend(
-            chunks, tf.constant(settings.every), tf.constant(last_loss, tf.float64)
-        )
-        last_loss = float(loss)
-        if not np.isfinite(last_loss):
-            raise ValueError(
-                f"the training loss is {last_loss} before step {epoch + settings.every} ({text}): "
-                "the descent diverged (a smaller --learning_rate?)"
-            )
-        workbench.progress.advance(settings.every, f"{text} | step {epoch}")
 
 
 def _network(frozen, settings, workbench):

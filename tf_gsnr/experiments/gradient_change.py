@@ -46,7 +46,7 @@ def changes(model, loss_fn, learning_rate: float, chunks) -> Changes:
       model: a Keras model whose layers follow one another, run in inference mode.
       loss_fn: `(y_true, y_pred) -> [batch]`, see `gradients.losses.per_example_loss`.
       learning_rate: lambda.
-      chunks: `(x, y, valid)`, see `gradients.stack_chunks`.
+      chunks: `(x, y, valid)`, see `chunks.of_data`.
     """
     start = [v.value for v in model.trainable_variables]
     loss, gradient = mean_gradient(model, loss_fn, start, chunks)

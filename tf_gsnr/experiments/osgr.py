@@ -23,8 +23,8 @@ from typing import NamedTuple
 import numpy as np
 import tensorflow as tf
 
-from tf_gsnr import arrays, data, gradients, metrics, models
-from tf_gsnr.experiments import data_parallel, descent, replicas
+from tf_gsnr import arrays, data, metrics, models
+from tf_gsnr.experiments import chunks, data_parallel, descent, replicas
 from tf_gsnr.experiments.settings import POSITIVE, PROBABILITY, at_least, complete
 
 GRID = ("n", "p_random", "width", "epochs")
@@ -177,7 +177,7 @@ class _State:
         # D and D' are draws of one distribution: the test labels get the same noise [ours].
         y = data.randomise(y, configuration["p_random"], source, rng)
         self.test_size = len(y)
-        self.test = tuple(map(tf.constant, gradients.stack_chunks(x, y, settings.batch_size)))
+        self.test = chunks.of_data(x, y, settings.batch_size)
         self.rows = []  # per training set, per epoch, a dict of numbers
         self.decreases = np.zeros([len(settings.epochs), self.test_size])  # summed over t
         self.start(0, settings)
@@ -235,7 +235,7 @@ def _network(configuration, settings, workbench):
         model = models.build(
             settings.model, source.input_shape, source.outputs, width, settings.seed
         )
-        loss = "mse" if source.classes is None else models.cross_entropy
+        loss = models.loss(settings.model, source.classes)
         how = dict(engine=workbench.engine, jit_compile=workbench.jit_compile)
         learning_rate, together = settings.learning_rate, workbench.replicas
         if workbench.strategy:
@@ -245,6 +245,10 @@ def _network(configuration, settings, workbench):
             if together is None:
                 together = settings.training_sets if replicas.pays(model, source.input_shape) else 1
             functions = descent.build_replicas(model, loss, learning_rate, together, **how)
+        if together > 1:
+            workbench.progress.say(
+                f"width {width}: {together} models train as one program, compiled by XLA"
+            )
         workbench.traced[width] = model, functions, model.get_weights(), together
     return workbench.traced[width]
 
@@ -259,9 +263,9 @@ def _training_sets(state, settings, source):
         rng = state.rng(settings, stream=2 + t)
         x, y = source.draw(c["n"], rng)
         y = data.randomise(y, c["p_random"], source, rng)
-        found.append(gradients.stack_chunks(x, y, batch_size))
+        found.append(chunks.of_data(x, y, batch_size))
     x, y, (valid, *_) = zip(*found)
-    own = tf.constant(np.stack(x)), tf.constant(np.stack(y)), tf.constant(valid)
+    own = tf.stack(x), tf.stack(y), valid
     return data_parallel.share(state.strategy, own) if state.strategy else own
 
 

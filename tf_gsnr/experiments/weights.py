@@ -27,8 +27,9 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from tf_gsnr import gradients, models
+from tf_gsnr import models
 from tf_gsnr.experiments import descent, gradient_change
+from tf_gsnr.experiments.chunks import of_data
 from tf_gsnr.experiments.feature_term import feature_terms
 from tf_gsnr.experiments.settings import POSITIVE, at_least, complete
 from tf_gsnr.experiments.weight_statistics import statistics
@@ -109,7 +110,7 @@ def run(configuration: dict, settings: Settings, workbench) -> Iterator[dict]:
     network = _network(settings, workbench)
     source = workbench.source
     data = source.draw(settings.n, np.random.default_rng([seed, settings.n]))
-    chunks = _chunks(*data, CHUNK)
+    chunks = of_data(*data, CHUNK)
     epoch = _start(seed, network, settings, workbench)
     progress.skip(work(configuration, settings) * epoch / settings.epochs)
     saved = time.monotonic()
@@ -173,7 +174,7 @@ def _network(settings, workbench) -> _Network:
     if "network" not in workbench.traced:
         model, source = initial(settings, workbench.source, settings.seed), workbench.source
         check_chain(model, settings)
-        loss = "mse" if source.classes is None else models.cross_entropy
+        loss = models.loss(settings.model, source.classes)
         loss_fn = per_example_loss(loss, model)
         options = dict(engine=workbench.engine, jit_compile=workbench.jit_compile)
         places = gradient_change.kernels(model)
@@ -251,8 +252,4 @@ def _batches(data, chunks, batch_size, stream):
     order = np.random.default_rng(stream).permutation(len(y))
     for first in range(0, len(y) - batch_size + 1, batch_size):  # one shape: the rest is left out
         rows = order[first : first + batch_size]
-        yield _chunks(x[rows], y[rows], CHUNK)
-
-
-def _chunks(x, y, size):
-    return tuple(map(tf.constant, gradients.stack_chunks(x, y, size)))
+        yield of_data(x[rows], y[rows], CHUNK)

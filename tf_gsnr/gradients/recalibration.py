@@ -65,7 +65,7 @@ def forward(model: keras.Model, x, valid=None) -> tuple:
     >>> [(v.name, float(value[0])) for v, value in statistics]
     [('moving_mean', 2.0), ('moving_variance', 1.0)]
     """
-    layers = batch_norm_layers(model)
+    layers = normalizing_layers(model)
 
     def recalibrated(layer):
         call = layer.call
@@ -86,7 +86,7 @@ def forward(model: keras.Model, x, valid=None) -> tuple:
     return predictions, [(v, scope.get_current_value(v)) for v in moving]
 
 
-def batch_norm_layers(model) -> list:
+def normalizing_layers(model) -> list:
     """All of the model's `BatchNormalization` layers, those that do not train included."""
     return [
         layer
@@ -106,7 +106,7 @@ def _differentiable_moments(inputs, axis, valid):
 
 
 def _in_order_of_calls(model, x):
-    layers = batch_norm_layers(model)
+    layers = normalizing_layers(model)
     seen = {}
 
     def noting(layer):

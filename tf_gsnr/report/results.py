@@ -67,10 +67,13 @@ def _section(run, claims, figures):
         Figure(plots.draw(run.experiment, run.records, figures / f"{run.name}.png"), caption),
         Listing(drawn.table(run.records)),
     ]
-    remarks = [claim for claim in claims if claim.why]
+    remarks = {}
+    for claim in claims:
+        remarks.setdefault(claim.why, {})[f"{claim.where}, {claim.verdict}"] = None
+    remarks.pop("", None)
     if remarks:
         blocks.append(Heading(3, f"Where {run.name} differs, and why"))
-        blocks += [Paragraph((f"{c.where}, {c.verdict}: {c.why}",)) for c in remarks]
+        blocks += [Paragraph((f"{'; '.join(of)}: {why}",)) for why, of in remarks.items()]
     settings = [(Code(name), _text(value)) for name, value in run.settings.items()]
     blocks += [
         Heading(3, f"Settings of {run.name}"),
