@@ -154,6 +154,11 @@ def plus(a, b):
     return tf.nest.map_structure(operator.add, a, b)
 
 
+def divided(sums, n):
+    """Nested sums over n examples -> means."""
+    return tf.nest.map_structure(lambda v: v / tf.cast(n, v.dtype), sums)
+
+
 def merge(a: Moments, b: Moments) -> Moments:
     """Of each replica; axes M."""
     return each(Moments.merge, a, b)

@@ -111,8 +111,8 @@ def build(model, loss, learning_rate: float, strategy, *, engine="auto", jit_com
     @compiled
     def descend(weights, own, steps, last_loss):
         def mean_gradient(weights):
-            n, (loss, gradient) = on_all(gradient_sums, _summed, weights, own)
-            return loss / n, [g / tf.cast(n, g.dtype) for g in gradient]
+            n, sums = on_all(gradient_sums, _summed, weights, own)
+            return chunks.divided(sums, n)
 
         return descent.loop(mean_gradient, single.step, weights, last_loss, steps)
 

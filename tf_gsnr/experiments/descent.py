@@ -91,8 +91,8 @@ def build_replicas(
         n = tf.math.count_nonzero(valid, dtype=tf.float64)
 
         def mean_gradient(weights):
-            loss, gradient = chunks.over(of_chunk.gradient, chunks.plus, weights, x, y, valid)
-            return loss / n, [g / tf.cast(n, g.dtype) for g in gradient]
+            sums = chunks.over(of_chunk.gradient, chunks.plus, weights, x, y, valid)
+            return chunks.divided(sums, n)
 
         return loop(mean_gradient, step, weights, last_loss, steps)
 
@@ -117,7 +117,7 @@ def build_replicas(
         n = tf.math.count_nonzero(valid, dtype=tf.float64)
         total = each(lambda w, x, y, s: noise(w, x[0], y[0], valid[0], s), weights, x, y, seeds)
         _, gradient = chunks.over(of_chunk.gradient, chunks.plus, weights, x, y, valid)
-        return [g / tf.cast(n, g.dtype) for g in gradient], total / n
+        return chunks.divided(gradient, n), total / n
 
     def moments(own, shared):
         return chunks.over(of_chunk.moments, chunks.merge, *own, *shared)

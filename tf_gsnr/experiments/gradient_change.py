@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import tensorflow as tf
 
-from tf_gsnr.experiments.chunks import total
+from tf_gsnr.experiments.chunks import divided, total
 
 
 class Changes(NamedTuple):
@@ -79,5 +79,4 @@ def mean_gradient(model, loss_fn, values, chunks):
         found = tape.gradient(losses, values, unconnected_gradients=tf.UnconnectedGradients.ZERO)
         return tf.reduce_sum(tf.cast(losses, tf.float64)), found
 
-    loss, gradient = total(of_chunk, chunks)
-    return loss / n, [g / tf.cast(n, g.dtype) for g in gradient]
+    return divided(total(of_chunk, chunks), n)

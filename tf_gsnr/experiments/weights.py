@@ -33,6 +33,7 @@ from tf_gsnr.experiments.chunks import of_data
 from tf_gsnr.experiments.feature_term import feature_terms
 from tf_gsnr.experiments.settings import POSITIVE, at_least, complete
 from tf_gsnr.experiments.weight_statistics import statistics
+from tf_gsnr.gradients import recalibration
 from tf_gsnr.gradients.losses import per_example_loss
 
 GRID = ("repeats",)
@@ -203,11 +204,22 @@ def _network(settings, workbench) -> _Network:
 
 
 def check_chain(model, settings: Settings):
-    """Raises ValueError unless each layer's input is the output of the layer before it."""
+    """Raises ValueError unless the network is what section 3.3 speaks of.
+
+    Each layer's input must be the output of the layer before it, and no layer's output may depend
+    on other examples than its own.
+    """
     if not isinstance(model, keras.Sequential):
         raise ValueError(
             f"--model={settings.model}: expected a keras.Sequential, where the layers below a "
             f"layer are those before it, got {type(model).__name__}"
+        )
+    names = [layer.name for layer in recalibration.normalizing_layers(model)]
+    if names:
+        raise ValueError(
+            f"--model={settings.model}: batch normalisation ({', '.join(names)}), whose statistics "
+            "a step of the layers below moves, too, has no part in (26) to (28); expected a "
+            "network without it"
         )
 
 
