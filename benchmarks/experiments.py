@@ -53,7 +53,7 @@ def chunks_of(x, y, batch=500):
 
 
 def osgr_epochs(n, width):
-    """`(experiment, plain, test_passes)`: EVERY epochs, EVERY epochs, a measurement's test passes."""
+    """`(experiment, plain, test_passes)`: EVERY epochs of the former two; of one measurement."""
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     rng = np.random.default_rng(0)
     model = models.build("mnist_cnn", (28, 28, 1), 10, width, seed=0)

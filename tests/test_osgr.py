@@ -41,8 +41,11 @@ def bench(path, settings, traced=None):
 
 
 def test_against_plain_numpy_descent(tmp_path):
-    """Both sides of (19) recomputed with explicit gradients of the two-layer network."""
-    settings = osgr.settings(**SMALL)
+    """Both sides of (19) recomputed with explicit gradients of the two-layer network.
+
+    By the training sets, and from the same weights by sets that the models have not seen.
+    """
+    settings = osgr.settings(**SMALL, unseen=True)
     configuration = dict(n=30, p_random=0.5, width=4)
     records = list(osgr.run(configuration, settings, bench(tmp_path, settings)))
     assert [r["epoch"] for r in records] == [0, 3]
@@ -65,27 +68,38 @@ def test_against_plain_numpy_descent(tmp_path):
     rng = stream(1)
     test_x, test_y = source.test(100, rng)
     test_y = data.randomise(test_y, 0.5, source, rng)
+
+    def training_set(i):
+        rng = stream(i)
+        x, y = source.draw(30, rng)
+        return x, data.randomise(y, 0.5, source, rng)
+
+    def step(weights, examples):
+        return [w - 0.01 * g.mean(0) for w, g in zip(weights, per_example(weights, *examples)[1])]
+
+    def descended(t, steps):
+        weights = start
+        for _ in range(steps):
+            weights = step(weights, training_set(2 + t))
+        return weights
+
     for record in records:
-        train, test, noise, signal = [], [], [], []
-        for t in range(3):
-            rng = stream(2 + t)
-            x, y = source.draw(30, rng)
-            y = data.randomise(y, 0.5, source, rng)
-            weights = start
-            for _ in range(record["epoch"] + 1):
-                before = weights
-                losses, gradients = per_example(weights, x, y)
-                weights = [w - 0.01 * g.mean(0) for w, g in zip(weights, gradients)]
-            after = per_example(weights, x, y)[0].mean()
-            train.append([losses.mean(), after])
-            test.append([per_example(w, test_x, test_y)[0].mean() for w in (before, weights)])
-            noise.append(sum(g.var(0).sum() for g in gradients) / 30)
-            signal.append(sum((g.mean(0) ** 2).sum() for g in gradients))
-        assert record["train_loss"] == pytest.approx(np.mean(train, 0)[0], rel=1e-5)
-        assert record["osgr_measured"] == pytest.approx(
-            metrics.osgr_measured(train, test), rel=2e-3
-        )
-        assert record["osgr_predicted"] == pytest.approx(1 - sum(noise) / sum(signal), rel=1e-4)
+        for kind, first in (("osgr", 2), ("osgr_unseen", 2 + 3)):
+            train, test, noise, signal = [], [], [], []
+            for t in range(3):
+                examples = training_set(first + t)
+                before = descended(t, record["epoch"])
+                both = before, step(before, examples)
+                train.append([per_example(w, *examples)[0].mean() for w in both])
+                test.append([per_example(w, test_x, test_y)[0].mean() for w in both])
+                gradients = per_example(before, *examples)[1]
+                noise.append(sum(g.var(0).sum() for g in gradients) / 30)
+                signal.append(sum((g.mean(0) ** 2).sum() for g in gradients))
+            measured, predicted = metrics.osgr_measured(train, test), 1 - sum(noise) / sum(signal)
+            assert record[f"{kind}_measured"] == pytest.approx(measured, rel=2e-3)
+            assert record[f"{kind}_predicted"] == pytest.approx(predicted, rel=1e-4)
+            if kind == "osgr":
+                assert record["train_loss"] == pytest.approx(np.mean(train, 0)[0], rel=1e-5)
         assert record["first_order_ratio"] == pytest.approx(1, abs=0.05) and record["small_step"]
 
 
@@ -242,6 +256,10 @@ def test_the_figure_holds_up_with_missing_errors_and_one_point():
     )
     assert len(plots.osgr.figure([record]).axes) == 1
     assert "0" in plots.osgr.summary([record])["pearson"]
+    sides = ("measured", "measured_se", "predicted", "predicted_se")
+    record |= {f"osgr_unseen_{side}": record[f"osgr_{side}"] for side in sides}
+    assert len(plots.osgr.figure([record]).axes) == 2
+    assert "have not seen" in plots.osgr.table([record])
 
 
 def test_progress_tells_the_time_left():

@@ -117,6 +117,13 @@ flags.DEFINE_enum(
     "machine; multi_worker, those of all processes of TF_CONFIG, each of which runs this command "
     "(docs/measuring_your_model.md). Process i > 0 writes into <name>-worker<i>.",
 )
+flags.DEFINE_bool(
+    "unseen",
+    False,
+    "osgr: estimate both sides of the ratio once more, from the same weights, by training sets "
+    "that the models have not seen: is it their adaptation that parts the two sides? Doubles the "
+    "time of the measurements.",
+)
 _define_grid("n", int, "Training-set sizes.")
 _define_grid("p_random", float, "Probabilities with which a label is replaced by a random one.")
 _define_grid("width", int, "Widths of the network: p of tables 2 and 3, hidden units on toy data.")

@@ -1,7 +1,8 @@
 """Sums over the chunks of a data set, of one network's losses, gradients and moments.
 
-A data set is held as chunks `(x, y, valid)` with leading axes `[chunks, batch]` (`of_data`), so that its size is no matter of memory. The weights are arguments, the
-arrays of `model.get_weights()`: the model's own are neither read nor changed.
+A data set is held as chunks `(x, y, valid)` with leading axes `[chunks, batch]` (`of_data`), so
+that its size is no matter of memory. The weights are arguments, the arrays of
+`model.get_weights()`: the model's own are neither read nor changed.
 
 Index letters: m replica (M in all), i chunk.
 """
@@ -21,9 +22,9 @@ from tf_gsnr.gradients import recalibration
 from tf_gsnr.gradients.losses import per_example_loss
 from tf_gsnr.moments import Moments
 
-
 # Chunks in work at a time: where one waits, on what a single core does, the other goes on. The
-# descent of table 2's network took 117 ms a step with 1, 104 with 2, 102 with 3 (n = 5000, 2 cores).
+# descent of table 2's network took 117 ms a step with 1, 104 with 2, 102 with 3 (n = 5000, p = 6,
+# two cores).
 SIDE_BY_SIDE = 2
 
 

@@ -5,6 +5,11 @@ models trained apart by full-batch gradient descent, one test set. At chosen epo
 (19) are estimated on the same step: the measured side by (23), from the decrease of the losses, and
 the predicted side by (24), from the per-example gradients on the training sets.
 
+(19) holds where the weights do not depend on the training set: before training, and less and less
+as the models adapt to it. With `unseen`, both sides are estimated a second time, from the same
+weights, by a step on as many training sets that the models have not seen: what then is left of the
+difference between the two sides is not due to the adaptation. That step is taken back.
+
 The models of several training sets train as one program where that pays (`replicas`); or each one
 on many devices, with a share of its training set on each (`data_parallel`).
 
@@ -50,6 +55,7 @@ class Settings(NamedTuple):
     batch_size: int
     toy_input_scale: float
     toy_noise_scale: float
+    unseen: bool
     seed: int
 
 
@@ -93,7 +99,8 @@ def settings(**given) -> Settings:
       ValueError: a value that no run can have.
     """
     # The default test_size None is the whole test set: 10,000 on MNIST, 20,000 on toy data [text].
-    ours = dict(test_size=None, batch_size=500, toy_input_scale=1.0, toy_noise_scale=0.01, seed=0)
+    ours = dict(test_size=None, batch_size=500, toy_input_scale=1.0, toy_noise_scale=0.01)
+    ours |= dict(unseen=False, seed=0)
     dataset = given.get("dataset") or "mnist"
     chosen = complete(
         Settings,
@@ -131,7 +138,7 @@ def _set_work(configuration, settings) -> tuple[float, float]:
     cost = configuration["width"] + 4
     test_size = settings.test_size or 10_000
     steps = settings.epochs[-1] - len(settings.epochs) + 1
-    measurement = 6 * configuration["n"] + 2 * test_size
+    measurement = (6 * configuration["n"] + 2 * test_size) * (1 + settings.unseen)
     return cost * 3 * configuration["n"] * max(steps, 0), cost * measurement * len(settings.epochs)
 
 
@@ -152,7 +159,7 @@ def run(configuration: dict, settings: Settings, workbench) -> Iterator[dict]:
             "learning_rate": settings.learning_rate,
             **_record(
                 [rows[index] for rows in state.rows],
-                state.decreases[index] / settings.training_sets,
+                state.decreases[:, index] / settings.training_sets,
                 settings.learning_rate,
             ),
             "seconds": time.monotonic() - start,
@@ -179,7 +186,8 @@ class _State:
         self.test_size = len(y)
         self.test = chunks.of_data(x, y, settings.batch_size)
         self.rows = []  # per training set, per epoch, a dict of numbers
-        self.decreases = np.zeros([len(settings.epochs), self.test_size])  # summed over t
+        # Each test example's, summed over t; by a step on the training sets, and on unseen ones.
+        self.decreases = np.zeros([1 + settings.unseen, len(settings.epochs), self.test_size])
         self.start(0, settings)
         self._restore(settings)
         if self.strategy:
@@ -253,14 +261,14 @@ def _network(configuration, settings, workbench):
     return workbench.traced[width]
 
 
-def _training_sets(state, settings, source):
+def _training_sets(state, settings, source, first_stream=2):
     """Those that train together, as chunks: x and y with a leading axis r."""
     c, batch_size = state.configuration, settings.batch_size
     if state.strategy:  # no device without a chunk
         batch_size = min(batch_size, -(-c["n"] // state.strategy.num_replicas_in_sync))
     found = []
     for t in range(state.t, state.t + len(state.rises)):
-        rng = state.rng(settings, stream=2 + t)
+        rng = state.rng(settings, stream=first_stream + t)
         x, y = source.draw(c["n"], rng)
         y = data.randomise(y, c["p_random"], source, rng)
         found.append(chunks.of_data(x, y, batch_size))
@@ -275,6 +283,10 @@ def _descend_together(state, settings, workbench):
     if len(state.rows) == state.t:
         state.rows += [[] for _ in range(size)]
     own = _training_sets(state, settings, workbench.source)
+    sets_measured = [own]
+    if settings.unseen:
+        stream = 2 + settings.training_sets
+        sets_measured.append(_training_sets(state, settings, workbench.source, stream))
     descent_work, measurement_work = (size * work for work in _set_work(c, settings))
     steps_planned = max(settings.epochs[-1] - len(settings.epochs) + 1, 1)
     text = ", ".join(f"{k}={v}" for k, v in c.items())
@@ -296,57 +308,69 @@ def _descend_together(state, settings, workbench):
             )
             weights, state.last_loss, rises = tf.nest.map_structure(np.asarray, found)
             state.weights, state.rises = weights, state.rises + rises
-            _check_losses(state, state.epoch + steps - 1)
+            _check_losses(state, state.epoch + steps - 1, state.last_loss)
             piece = max(1, int(PIECE_SECONDS * steps / (state.clock() - begin + 1e-9)))
             state.epoch += steps
             passed(descent_work * steps / steps_planned)
-        rows, decrease = _measured_step(state, own)
-        for r, row in enumerate(rows):
-            state.rows[state.t + r].append(row)
-        state.decreases[index] += decrease
+        step, *others = (_measured_step(state, data) for data in sets_measured)
+        for r, row in enumerate(step.rows):
+            unseen = {f"unseen_{k}": v for other in others for k, v in other.rows[r].items()}
+            state.rows[state.t + r].append(row | unseen)
+        state.decreases[:, index] += [step.decrease, *(other.decrease for other in others)]
+        state.weights, state.last_loss = step.weights, step.losses
+        state.epoch += 1
         passed(measurement_work / len(settings.epochs))
 
 
-def _measured_step(state, own):
-    """One step along the gradients of the training losses; both sides of (19) around it.
+class _Step(NamedTuple):
+    """A step along the gradients of training sets' losses, and what was measured around it.
 
-    Returns:
-      A row of numbers for each set, and each test example's decrease, summed over the sets.
+    Attributes:
+      weights: after it.
+      losses: `[r]`, the mean losses of the training sets before it.
+      rows: a dict of numbers for each set.
+      decrease: `[n']`, of each test example's loss, summed over the sets.
     """
 
-    def test_losses():
-        losses = state.descent.losses(state.weights, state.test).numpy()
+    weights: list
+    losses: np.ndarray
+    rows: list
+    decrease: np.ndarray
+
+
+def _measured_step(state, own) -> _Step:
+    """Both sides of (19) around a step from the state's weights, which stay as they are."""
+
+    def test_losses(weights):
+        losses = state.descent.losses(weights, state.test).numpy()
         return losses.reshape(len(losses), -1)[:, : state.test_size].astype(float)
 
-    state.weights = state.descent.recalibrate(state.weights, own)
-    moments = tf.nest.map_structure(np.asarray, state.descent.moments(state.weights, own))
-    before = test_losses()
-    state.last_loss = moments.loss
-    _check_losses(state, state.epoch)
+    weights = state.descent.recalibrate(state.weights, own)
+    moments = tf.nest.map_structure(np.asarray, state.descent.moments(weights, own))
+    _check_losses(state, state.epoch, moments.loss)
+    before = test_losses(weights)
     seeds = [[state.t + r, state.epoch] for r in range(len(state.rises))]
-    gradient, terms = state.descent.terms(state.weights, own, moments, seeds)
-    weights = state.descent.recalibrate(state.descent.step(state.weights, gradient), own)
-    state.weights = [np.asarray(w) for w in weights]
-    after = test_losses()
-    train_after = state.descent.loss(state.weights, own).numpy()
-    state.epoch += 1
+    gradient, terms = state.descent.terms(weights, own, moments, seeds)
+    weights = state.descent.recalibrate(state.descent.step(weights, gradient), own)
+    after = test_losses(weights)
+    train_after = state.descent.loss(weights, own).numpy()
     rows = []
     for r in range(len(state.rises)):
         one = tf.nest.map_structure(lambda v, r=r: v[r], moments)
         row = metrics.summarize(one, state.model) | {
             **terms[r],
-            "train_before": float(state.last_loss[r]),
+            "train_before": float(moments.loss[r]),
             "train_after": float(train_after[r]),
             "test_before": before[r].mean(),
             "test_after": after[r].mean(),
             "rises": int(state.rises[r]),
         }
         rows.append(row)
-    return rows, (before - after).sum(0)
+    return _Step([np.asarray(w) for w in weights], moments.loss, rows, (before - after).sum(0))
 
 
-def _check_losses(state, epoch):
-    for r, loss in enumerate(state.last_loss):
+def _check_losses(state, epoch, losses):
+    for r, loss in enumerate(losses):
         if not np.isfinite(loss):
             c = ", ".join(f"{k}={v}" for k, v in state.configuration.items())
             raise ValueError(
@@ -362,33 +386,44 @@ def _record(rows, test_decreases, learning_rate) -> dict:
     def column(name):
         return np.array([row[name] for row in rows], dtype=float)
 
-    train = np.stack([column("train_before"), column("train_after")], 1)
-    test = np.stack([column("test_before"), column("test_after")], 1)
-    predicted, predicted_se = metrics.ratio_of_sums(column("noise"), column("signal"))
-    train_decrease = float((train[:, 0] - train[:, 1]).mean())
+    def sides(prefix, decreases):
+        """Both sides of (19), measured (23) and predicted (24), with their standard errors."""
+        train, test = (
+            np.stack([column(f"{prefix}{side}_{when}") for when in ("before", "after")], 1)
+            for side in ("train", "test")
+        )
+        noise, noise_se = metrics.ratio_of_sums(column(f"{prefix}noise"), column(f"{prefix}signal"))
+        return {
+            "osgr_measured": metrics.osgr_measured(train, test),
+            "osgr_measured_se": metrics.osgr_measured_se(train, test, decreases),
+            "osgr_predicted": 1 - noise,
+            "osgr_predicted_se": noise_se,
+        }
+
+    train_decrease = float((column("train_before") - column("train_after")).mean())
     # (9): to first order the training loss falls by lambda |g|^2.
     first_order = float(learning_rate * column("signal").mean() / train_decrease)
-    rises = int(column("rises").sum() + (train[:, 1] > train[:, 0]).sum())
+    rises = int(column("rises").sum() + (column("train_after") > column("train_before")).sum())
     record = {
-        "osgr_measured": metrics.osgr_measured(train, test),
-        "osgr_measured_se": metrics.osgr_measured_se(train, test, test_decreases),
-        "osgr_predicted": 1 - predicted,
-        "osgr_predicted_se": predicted_se,
-        "train_loss": float(train[:, 0].mean()),
-        "test_loss": float(test[:, 0].mean()),
+        **sides("", test_decreases[0]),
+        "train_loss": float(column("train_before").mean()),
+        "test_loss": float(column("test_before").mean()),
         "train_decrease": train_decrease,
-        "test_decrease": float((test[:, 0] - test[:, 1]).mean()),
+        "test_decrease": float((column("test_before") - column("test_after")).mean()),
         "gap_growth_predicted": float(learning_rate * column("noise").mean()),  # (14)
         "first_order_ratio": first_order,
         "loss_rises": rises,
         "small_step": bool(rises == 0 and abs(first_order - 1) <= FIRST_ORDER_TOLERANCE),
     }
+    if len(test_decreases) > 1:
+        unseen = sides("unseen_", test_decreases[1])
+        record |= {key.replace("osgr_", "osgr_unseen_"): value for key, value in unseen.items()}
     if "noise_frozen" in rows[0]:
         frozen, frozen_se = metrics.ratio_of_sums(column("noise_frozen"), column("signal_frozen"))
         record |= {"osgr_predicted_frozen": 1 - frozen, "osgr_predicted_frozen_se": frozen_se}
     taken = {"count", "loss", "osgr_predicted", "rises"}
     taken |= {"noise", "signal", "noise_frozen", "signal_frozen"}
     for name in rows[0]:
-        if name not in taken and not name.startswith(("train_", "test_")):
+        if name not in taken and not name.startswith(("train_", "test_", "unseen_")):
             record[name] = arrays.mean(column(name))
     return record

@@ -13,7 +13,9 @@ FIGURES = {"mnist": "figure 4", "cifar10": "figure 9", "toy": "figure 11"}
 # With batch normalisation (24) is there twice: with the statistics as constants, which is the
 # paper's, and as what they are, functions of the weights.
 FROZEN = "osgr_predicted_frozen"
-PREDICTED = {FROZEN: "statistics constant", "osgr_predicted": "statistics follow the weights"}
+
+# Both sides by a step on training sets that the models have not seen.
+UNSEEN, UNSEEN_MEASURED = "osgr_unseen_predicted", "osgr_unseen_measured"
 
 
 def summary(records: list[dict]) -> dict:
@@ -23,7 +25,8 @@ def summary(records: list[dict]) -> dict:
       A dict of dicts by epoch (as text): `pearson`; `measured_minus_predicted`, the mean over the
       configurations; `within_two_se`, the share whose difference is under two standard errors;
       `small_step`, the share of configurations still in the small-step regime; `configurations`.
-      With batch normalisation also `frozen`, the first three with its statistics as constants.
+      With batch normalisation also `frozen`, the first three with its statistics as constants;
+      where measured, `unseen`, the same by training sets that the models have not seen.
     """
     found = _agreement(records, "osgr_predicted") | {"small_step": {}, "configurations": {}}
     for epoch, group in by(records, "epoch").items():
@@ -31,14 +34,16 @@ def summary(records: list[dict]) -> dict:
         found["configurations"][str(epoch)] = len(group)
     if all(FROZEN in r for r in records):
         found["frozen"] = _agreement(records, FROZEN)
+    if all(UNSEEN in r for r in records):
+        found["unseen"] = _agreement(records, UNSEEN, UNSEEN_MEASURED)
     return found
 
 
-def _agreement(records, field) -> dict:
+def _agreement(records, field, measured_field="osgr_measured") -> dict:
     found = {"pearson": {}, "measured_minus_predicted": {}, "within_two_se": {}}
     for epoch, group in by(records, "epoch").items():
-        measured, predicted = column(group, "osgr_measured"), column(group, field)
-        se = np.hypot(column(group, "osgr_measured_se"), column(group, f"{field}_se"))
+        measured, predicted = column(group, measured_field), column(group, field)
+        se = np.hypot(column(group, f"{measured_field}_se"), column(group, f"{field}_se"))
         key = str(epoch)
         found["pearson"][key] = pearson(predicted, measured)
         found["measured_minus_predicted"][key] = float(np.mean(measured - predicted))
@@ -57,6 +62,9 @@ def table(records: list[dict]) -> str:
     if "frozen" in s:
         lines += ["predicted with the batch-norm statistics as constants:"]
         lines += [_row(s["frozen"], epoch) for epoch in s["pearson"]]
+    if "unseen" in s:
+        lines += ["both sides by training sets that the models have not seen, at the same weights:"]
+        lines += [_row(s["unseen"], epoch) for epoch in s["pearson"]]
     return "\n".join(lines)
 
 
@@ -132,13 +140,23 @@ def _possible_causes(records):
     """What the step size and the noise can account for of the distance to the diagonal."""
     first_order = column(records, "first_order_ratio").mean()
     errors = [column(records, f"osgr_{side}_se") for side in ("measured", "predicted")]
-    gaps = _agreement(records, "osgr_predicted")["measured_minus_predicted"]
-    distances = ", ".join(f"{gap:+.3f} at epoch {epoch}" for epoch, gap in gaps.items())
+
+    def distances(*fields):
+        gaps = _agreement(records, *fields)["measured_minus_predicted"]
+        return ", ".join(f"{gap:+.3f} at epoch {epoch}" for epoch, gap in gaps.items())
+
+    adaptation = ""
+    if all(UNSEEN in r for r in records):
+        adaptation = (
+            ". The models' adaptation to their training sets, which (19) leaves out: by steps from "
+            "the same weights on training sets that the models have not seen, measured - "
+            f"predicted is {distances(UNSEEN, UNSEEN_MEASURED)}"
+        )
     return (
-        f"measured - predicted is {distances}. The step size: to first order the training loss "
-        f"falls by lambda |g|^2, on average {first_order:.3f} of what it does fall by. The number "
-        "of training sets and the finite test set: a point's standard error is "
-        f"{np.median(np.hypot(*errors)):.3f} (median)"
+        f"measured - predicted is {distances('osgr_predicted')}. The step size: to first order the "
+        f"training loss falls by lambda |g|^2, on average {first_order:.3f} of what it does fall "
+        "by. The number of training sets and the finite test set: a point's standard error is "
+        f"{np.median(np.hypot(*errors)):.3f} (median){adaptation}"
     )
 
 
@@ -169,12 +187,13 @@ def figure(records: list[dict]) -> plt.Figure:
 
     Colour is n, marker is p_random, error bars are one standard error; hollow points have left the
     small-step regime. All panels share their axes. With batch normalisation there are rows of
-    panels for its statistics as constants, and as functions of the weights.
+    panels for its statistics as constants, and as functions of the weights; where measured, others
+    for both sides by training sets that the models have not seen.
     """
     epochs = by(records, "epoch")
-    fields = PREDICTED if all(FROZEN in r for r in records) else {"osgr_predicted": ""}
+    kinds = _kinds(records)
     columns = min(len(epochs), 3)
-    rows = -(-len(epochs) // columns) * len(fields)
+    rows = -(-len(epochs) // columns) * len(kinds)
     drawn, axes = plt.subplots(
         rows,
         columns,
@@ -188,18 +207,18 @@ def figure(records: list[dict]) -> plt.Figure:
     noises = sorted({r["p_random"] for r in records})
     colours = dict(zip(sizes, plt.cm.viridis(np.linspace(0, 0.9, len(sizes)))))
     markers = dict(zip(noises, (MARKERS * len(noises))[: len(noises)]))
-    low, high = _limits(records, ["osgr_measured", *fields])
-    blocks = zip(np.split(axes, len(fields)), fields.items())
-    panels = [(a, e, f) for block, f in blocks for a, e in zip(block.flat, epochs)]
-    for axis, epoch, (field, label) in panels:
+    low, high = _limits(records, {field for kind in kinds for field in kind[:2]})
+    blocks = zip(np.split(axes, len(kinds)), kinds)
+    panels = [(a, e, kind) for block, kind in blocks for a, e in zip(block.flat, epochs)]
+    for axis, epoch, (field, measured, label) in panels:
         group = epochs[epoch]
         axis.plot([low, high], [low, high], "--", color="0.6", linewidth=1, zorder=0)
         for r in group:
             axis.errorbar(
                 r[field],
-                r["osgr_measured"],
+                r[measured],
                 xerr=_error(r[f"{field}_se"]),
-                yerr=_error(r["osgr_measured_se"]),
+                yerr=_error(r[f"{measured}_se"]),
                 fmt=markers[r["p_random"]],
                 color=colours[r["n"]],
                 markerfacecolor=colours[r["n"]] if r["small_step"] else "none",
@@ -207,7 +226,7 @@ def figure(records: list[dict]) -> plt.Figure:
                 elinewidth=0.8,
                 alpha=0.9,
             )
-        value = pearson(column(group, field), column(group, "osgr_measured"))
+        value = pearson(column(group, field), column(group, measured))
         axis.set_title(f"epoch {epoch}" + (label and f", {label}"), fontsize=11 - bool(label))
         axis.text(0.96, 0.05, f"Pearson {value:.3f}", transform=axis.transAxes, ha="right")
         axis.set(xlim=(low, high), ylim=(low, high), aspect="equal")
@@ -241,6 +260,19 @@ def figure(records: list[dict]) -> plt.Figure:
         fontsize=12,
     )
     return drawn
+
+
+def _kinds(records):
+    """The rows of panels: the fields of the predicted and of the measured side, and a label."""
+    kinds = [("osgr_predicted", "osgr_measured", "")]
+    if all(FROZEN in r for r in records):
+        kinds = [
+            (FROZEN, "osgr_measured", "statistics constant"),
+            ("osgr_predicted", "osgr_measured", "statistics follow the weights"),
+        ]
+    if all(UNSEEN in r for r in records):
+        kinds.append((UNSEEN, UNSEEN_MEASURED, "unseen training sets"))
+    return kinds
 
 
 def _error(se):
