@@ -39,8 +39,8 @@ import numpy as np  # noqa: E402
 import tensorflow as tf  # noqa: E402
 from engines import interleaved  # noqa: E402
 
-from tf_gsnr import data, metrics, models  # noqa: E402
-from tf_gsnr.experiments import chunks, descent  # noqa: E402
+from tf_gsnr import data, models  # noqa: E402
+from tf_gsnr.experiments import chunks, descent, one_step  # noqa: E402
 from tf_gsnr.gradients.losses import per_example_loss  # noqa: E402
 
 MODELS = 100
@@ -69,11 +69,7 @@ def osgr_epochs(n, width):
 
     def experiment():
         weights, _, _ = functions.descend(start, own, tf.constant(EVERY - 1), INFINITY[None])
-        moments = tf.nest.map_structure(lambda v: v.numpy()[0], functions.moments(weights, own))
-        before = functions.losses(weights, test).numpy()
-        weights = functions.step(weights, [g[None] for g in moments.mean])
-        after = functions.losses(weights, test).numpy()
-        return metrics.summarize(moments, model), after - before, functions.loss(weights, own)
+        return one_step.measured(functions, model, weights, [own], test, [[0, 0]])
 
     def test_passes():
         return [functions.losses(start, test).numpy() for _ in range(2)]

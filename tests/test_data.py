@@ -19,6 +19,18 @@ def test_the_seed_decides():
     assert (a == b).all() and (a != c).any()
 
 
+def test_examples_beside_a_training_set_are_others():
+    x = np.arange(20, dtype="float32")[:, None]
+    y = np.arange(20) % 2
+    source = data.from_arrays((x, y), (x, y))
+    alone, _ = source.draw(10, np.random.default_rng(0))
+    both, labels = source.draw(10, np.random.default_rng(0), beside=10)
+    assert (both[:10] == alone).all() and sorted(both[:, 0]) == list(range(20))
+    assert (labels == both[:, 0] % 2).all()
+    with pytest.raises(ValueError, match="n=10 and 11 others: arrays has 20"):
+        source.draw(10, np.random.default_rng(0), beside=11)
+
+
 def test_label_noise_replaces_that_share():
     source = data.load("toy")
     rng = np.random.default_rng(0)

@@ -231,10 +231,22 @@ def test_figure_table_and_claims():
     assert [c.verdict for c in plots.dynamics.claims(deep + shallow)] == [FAILS] * 4
 
 
+def test_an_unfinished_run_claims_what_it_can():
+    real, random = made_up("net", 3, 0.0, RISING, SIGNS), made_up("net", 3, 1.0, FLAT, SIGNS)
+    for epochs, claims in ((5, 3), (2, 3), (1, 2), (0, 2)):
+        begun = [r for r in random if r["epoch"] < epochs]
+        assert len(plots.dynamics.claims(real + begun)) == claims
+    assert plots.dynamics.claims(random) == []  # a shard's
+
+
 def test_bad_settings_are_named():
-    for bad in (dict(epochs=0), dict(probe=1), dict(n=[5, 6]), dict(dataset="toy")):
+    for bad in (dict(epochs=0), dict(probe=1), dict(n=[5, 6])):
         with pytest.raises(ValueError, match=f"--{next(iter(bad))}="):
             dynamics.settings(**bad)
     with pytest.raises(ValueError, match="--probe=60: expected at most n = 50"):
         dynamics.settings(n=50, probe=60)
     assert dynamics.settings(model="simple_cnn,linear_svm").model == ["simple_cnn", "linear_svm"]
+    settings = dynamics.settings(dataset="toy")
+    bench = Workbench(data.load("toy"), None, progress.Progress(1, io.StringIO()), traced={})
+    with pytest.raises(ValueError, match="--dataset=toy: .*needs classes"):
+        next(dynamics.run(dynamics.configurations(settings)[0], settings, bench))

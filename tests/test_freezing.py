@@ -55,6 +55,12 @@ def test_figure_and_table(records):
     assert summary["whole"]["seeds"] == summary["frozen"]["seeds"] == 2
 
 
+def test_a_shard_without_the_first_seeds_whole_network(records):
+    shard = [r for key, group in records.items() if key != (0, False) for r in group]
+    assert len(plots.freezing.figure(shard).axes) == 2
+    assert plots.freezing.features(shard) == plots.freezing.features(records[1, False])
+
+
 def test_bad_settings_are_named():
     for bad in (dict(steps=0), dict(n=[100, 200]), dict(dataset="mnist"), dict(every=-1)):
         with pytest.raises(ValueError, match=f"--{next(iter(bad))}="):

@@ -69,9 +69,9 @@ def test_against_plain_numpy_descent(tmp_path):
     test_x, test_y = source.test(100, rng)
     test_y = data.randomise(test_y, 0.5, source, rng)
 
-    def training_set(i):
-        rng = stream(i)
-        x, y = source.draw(30, rng)
+    def training_set(t, unseen=False):
+        rng = stream(2 + t)
+        x, y = (v[30:] for v in source.draw(30, rng, 30)) if unseen else source.draw(30, rng)
         return x, data.randomise(y, 0.5, source, rng)
 
     def step(weights, examples):
@@ -80,14 +80,14 @@ def test_against_plain_numpy_descent(tmp_path):
     def descended(t, steps):
         weights = start
         for _ in range(steps):
-            weights = step(weights, training_set(2 + t))
+            weights = step(weights, training_set(t))
         return weights
 
     for record in records:
-        for kind, first in (("osgr", 2), ("osgr_unseen", 2 + 3)):
+        for kind, unseen in (("osgr", False), ("osgr_unseen", True)):
             train, test, noise, signal = [], [], [], []
             for t in range(3):
-                examples = training_set(first + t)
+                examples = training_set(t, unseen)
                 before = descended(t, record["epoch"])
                 both = before, step(before, examples)
                 train.append([per_example(w, *examples)[0].mean() for w in both])
@@ -98,7 +98,7 @@ def test_against_plain_numpy_descent(tmp_path):
             measured, predicted = metrics.osgr_measured(train, test), 1 - sum(noise) / sum(signal)
             assert record[f"{kind}_measured"] == pytest.approx(measured, rel=2e-3)
             assert record[f"{kind}_predicted"] == pytest.approx(predicted, rel=1e-4)
-            if kind == "osgr":
+            if not unseen:
                 assert record["train_loss"] == pytest.approx(np.mean(train, 0)[0], rel=1e-5)
         assert record["first_order_ratio"] == pytest.approx(1, abs=0.05) and record["small_step"]
 
@@ -171,7 +171,7 @@ TINY = ["--dataset=toy", "--p_random=0", "--width=3", "--training_sets=2", "--te
 
 
 def test_the_command_resumes_grows_and_refuses(tmp_path):
-    flags = ["--flagfile=flags/quickstart.flags", *TINY, f"--runs_dir={tmp_path}", "--name=a"]
+    flags = ["--flagfile", "flags/quickstart.flags", *TINY, f"--runs_dir={tmp_path}", "--name=a"]
     done = command(*flags, "--n=10", "--n=12,14", "--epochs=0,1")
     assert done.returncode == 0, done.stderr
     assert "Pearson" in done.stdout and "osgr.png" in done.stdout
@@ -199,6 +199,7 @@ def test_the_command_resumes_grows_and_refuses(tmp_path):
         (["--n=many"], "'many' is not a comma separated list of int numbers"),
         (["--dataset=toy", "--shard=4/4"], "--shard=4/4: expected i/k"),
         (["--jit_compile=maybe"], "auto|true|false"),
+        (["--steps=5"], "--steps: the experiment 'osgr' has no such setting; it has dataset, "),
     ],
 )
 def test_a_wrong_flag_is_named(tmp_path, flags, message):

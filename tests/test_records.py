@@ -35,7 +35,11 @@ def test_a_half_written_record_is_cut_off(tmp_path):
 
 
 def test_other_settings_are_refused(tmp_path):
-    RunDirectory(tmp_path / "run", {"rate": 0.1, "n": [1]}).write_config({})
+    run = RunDirectory(tmp_path / "run", {"rate": 0.3, "n": [1]})
+    run.write_config({})  # and stopped before it measured anything: no reason to refuse
+    run = RunDirectory(tmp_path / "run", {"rate": 0.1, "n": [1]})
+    run.write_config({})
+    run.append({"a": 1})
     with pytest.raises(ValueError, match="rate was 0.1 and is now 0.2.*--name.*--overwrite"):
         RunDirectory(tmp_path / "run", {"rate": 0.2, "n": [1]})
     with pytest.raises(ValueError, match=r"n was \[1\]"):

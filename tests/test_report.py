@@ -172,7 +172,7 @@ def test_freezing_verdicts_follow_the_numbers():
     assert verdicts() == [holds, holds, holds]
     assert verdicts(rise=0.003) == [partly, holds, holds]
     assert verdicts(rise=-0.01, fall=0.01, correlation=0.05) == [fails, fails, fails]
-    assert verdicts(seeds=1)[0] == fails  # of one seed the error is not known
+    assert verdicts(seeds=1)[0] == holds  # one seed has no error: by the sign
     assert freezing.claims([r for r in frozen_records() if r["epoch"] == 0]) == []
     assert len(freezing.claims([r for r in frozen_records() if r["frozen"]])) == 1
 

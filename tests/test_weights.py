@@ -175,6 +175,16 @@ def test_a_network_that_is_no_chain_is_named(bench):
     settings = weights.settings(**SMALL)
     with pytest.raises(ValueError, match="--model=mlp"):
         weights.check_chain(keras.Model(), settings)
-    normalized = keras.Sequential([keras.Input([3]), keras.layers.BatchNormalization(name="bn1")])
+    for single in ([], [keras.layers.Dense(2, name="only")]):
+        with pytest.raises(ValueError, match="expected two at least"):
+            weights.check_chain(keras.Sequential([keras.Input([3]), *single]), settings)
+    normalized = keras.Sequential(
+        [
+            keras.Input([3]),
+            keras.layers.Dense(2),
+            keras.layers.BatchNormalization(name="bn1"),
+            keras.layers.Dense(2),
+        ]
+    )
     with pytest.raises(ValueError, match=r"batch normalisation \(bn1\)"):
         weights.check_chain(normalized, settings)

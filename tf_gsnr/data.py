@@ -26,7 +26,8 @@ class Source(NamedTuple):
       outputs: what a model of it returns: the number of classes, or of regression targets.
       classes: the number of classes; None for a regression.
       pool: how many training examples there are; None for no limit.
-      draw: `(n, rng) -> (x, y)`: a training set, float32 `[n, *input_shape]` and its targets.
+      draw: `(n, rng, beside=0) -> (x, y)`: a training set, float32 `[n, *input_shape]` and its
+        targets; with `beside`, that many more examples after them, none of which is among the n.
       test: `(n, rng) -> (x, y)`: a test set; n None for the whole.
       draw_labels: `(n, rng) -> y`: targets drawn without regard to any input.
     """
@@ -88,9 +89,9 @@ def toy(input_scale: float = 1.0, noise_scale: float = 0.01) -> Source:
     intervals are our choice.
     """
 
-    def draw(n, rng):
-        x = rng.uniform(-input_scale, input_scale, [n, 2])
-        y = x[:, :1] * x[:, 1:] + rng.uniform(-noise_scale, noise_scale, [n, 1])
+    def draw(n, rng, beside=0):
+        x = rng.uniform(-input_scale, input_scale, [n + beside, 2])
+        y = x[:, :1] * x[:, 1:] + rng.uniform(-noise_scale, noise_scale, [n + beside, 1])
         return x.astype(np.float32), y.astype(np.float32)
 
     return Source(
@@ -144,10 +145,14 @@ def from_arrays(train, test, *, name: str = "arrays", classes: int | None = None
     def scaled(x):
         return x.astype(np.float32) / 255 if x.dtype == np.uint8 else x.astype(np.float32)
 
-    def draw(n, rng):
-        if n > len(train_y):
-            raise ValueError(f"n={n}: {name} has {len(train_y)} training examples")
+    def draw(n, rng, beside=0):
+        if n + beside > len(train_y):
+            more = f" and {beside} others" if beside else ""
+            raise ValueError(f"n={n}{more}: {name} has {len(train_y)} training examples")
         rows = rng.choice(len(train_y), n, replace=False)
+        if beside:
+            others = np.setdiff1d(np.arange(len(train_y)), rows)
+            rows = np.concatenate([rows, rng.choice(others, beside, replace=False)])
         return scaled(train_x[rows]), train_y[rows]
 
     def whole_or_part(n, rng):

@@ -84,7 +84,9 @@ flags.DEFINE_string(
 flags.DEFINE_string("runs_dir", "runs", "Where run directories go.")
 flags.DEFINE_string("name", None, "Name of the run directory. Default: <experiment>_<dataset>.")
 flags.DEFINE_bool("overwrite", False, "Throw away what an earlier run left in the run directory.")
-flags.DEFINE_integer("seed", 0, "Of the initial weights, the training sets and the label noise.")
+flags.DEFINE_integer(
+    "seed", 0, "Of the initial weights, the training sets and the label noise.", lower_bound=0
+)
 flags.DEFINE_string(
     "engine", "auto", "How per-example gradients are obtained: auto, layerwise or vectorized."
 )
@@ -92,7 +94,8 @@ flags.DEFINE_enum(
     "jit_compile",
     "auto",
     ["auto", "true", "false"],
-    "Compile with XLA; auto: on an accelerator and not on a CPU.",
+    "Compile with XLA; auto: on an accelerator and not on a CPU. Models that train together are "
+    "compiled in any case: see --replicas.",
 )
 flags.DEFINE_integer(
     "replicas",
@@ -121,8 +124,8 @@ flags.DEFINE_bool(
     "unseen",
     False,
     "osgr: estimate both sides of the ratio once more, from the same weights, by training sets "
-    "that the models have not seen: is it their adaptation that parts the two sides? Doubles the "
-    "time of the measurements.",
+    "that the models have not seen: is it their adaptation that parts the two sides? Measurements "
+    "then take half as long again, and more.",
 )
 _define_grid("n", int, "Training-set sizes.")
 _define_grid("p_random", float, "Probabilities with which a label is replaced by a random one.")
@@ -160,10 +163,18 @@ flags.DEFINE_string(
 )
 
 
+# What any experiment may be given, whether its records depend on it or not.
+GENERAL = ("experiment", "dataset", "data_dir", "runs_dir", "name", "overwrite", "seed", "engine")
+GENERAL += ("jit_compile", "replicas", "strategy", "shard")
+
+
 def parse_flags(argv):
     """absl's parser, but a grid given on the command line replaces the flagfile's."""
-    from_file = [a for a in argv[1:] if a.lstrip("-").startswith("flagfile")]
-    direct = [a for a in argv[1:] if a not in from_file]
+    from_file, direct = [], []
+    for place, argument in enumerate(argv[1:], 1):
+        of_file = "flagfile" in (argument.lstrip("-"), argv[place - 1].lstrip("-"))
+        of_file |= argument.lstrip("-").startswith("flagfile=")
+        (from_file if of_file else direct).append(argument)
     try:
         FLAGS([argv[0], *from_file])
         for name in FLAGS:
@@ -183,6 +194,16 @@ def _flag_values(names):
                 value = [number for part in value for number in part]
             values[name] = value
     return values
+
+
+def _check_flags(fields):
+    """Raises ValueError where a flag is given that the experiment, of these settings, lacks."""
+    for flag in FLAGS.get_key_flags_for_module(sys.modules[__name__]):
+        if flag.value != flag.default and flag.name not in (*GENERAL, *fields):
+            raise ValueError(
+                f"--{flag.name}: the experiment {FLAGS.experiment!r} has no such setting; it has "
+                f"{', '.join(fields)}"
+            )
 
 
 def _shard():
@@ -267,6 +288,7 @@ def run(argv):
     gradients.check_engine_name(FLAGS.engine)
     jit = {"auto": "auto", "true": True, "false": False}[FLAGS.jit_compile]
     jit = gradients.resolve_jit_compile(jit)
+    _check_flags(experiment.Settings._fields)
     settings = experiment.settings(**_flag_values(experiment.Settings._fields))
     configurations = experiment.configurations(settings)
     part, suffix = _shard()
@@ -279,8 +301,10 @@ def run(argv):
     source = data.load(FLAGS.dataset, FLAGS.data_dir, **options)
     sizes = getattr(settings, "n", None) or 0
     largest = max(sizes) if isinstance(sizes, list) else sizes
-    if source.pool is not None and largest > source.pool:
-        raise ValueError(f"--n={largest}: {source.name} has {source.pool} training examples")
+    unseen = bool(getattr(settings, "unseen", False))
+    if source.pool is not None and largest * (1 + unseen) > source.pool:
+        more = " (and as many others, for --unseen)" if unseen else ""
+        raise ValueError(f"--n={largest}{more}: {source.name} has {source.pool} training examples")
     directory = records.RunDirectory(
         Path(FLAGS.runs_dir) / (_name() + suffix),
         settings._asdict() | {"experiment": FLAGS.experiment},

@@ -28,8 +28,8 @@ class RunDirectory:
 
     Args:
       path: the directory; made if it is not there.
-      settings: what the run's records depend on, values of JSON. A directory that holds a run with
-        other settings is not touched.
+      settings: what the run's records depend on, values of JSON. A directory that holds records
+        of a run with other settings is not touched.
       grown: the settings that may differ from the earlier run's: lists that the run goes through,
         so that a grid can be extended.
       overwrite: whether to throw away what an earlier run left there.
@@ -57,6 +57,8 @@ class RunDirectory:
             raise ValueError(
                 f"{self.path} is not empty and holds no run of this program; choose another --name"
             ) from None
+        if not self.records() and not self.load_checkpoint():
+            return  # nothing was measured with those settings: a mistyped flag, say
         names = sorted(set(before) | set(self.settings))
         differing = [
             f"{name} was {before.get(name)!r} and is now {self.settings.get(name)!r}"

@@ -72,8 +72,6 @@ def settings(**given) -> Settings:
         test_size=at_least(1),
         **dict.fromkeys(numbers, POSITIVE),
     )
-    if chosen.dataset == "toy":
-        raise ValueError("--dataset=toy: dynamics needs labels, an image-classification data set")
     if chosen.probe is not None and chosen.probe > chosen.n:
         raise ValueError(f"--probe={chosen.probe}: expected at most n = {chosen.n}")
     return chosen
@@ -178,6 +176,10 @@ def _network(name, settings, workbench) -> _Network:
 
 def _build(name, settings, workbench):
     source, size = workbench.source, settings.batch_size
+    if source.classes is None:
+        raise ValueError(
+            f"--dataset={settings.dataset}: its targets are a regression's; dynamics needs classes"
+        )
     model = models.build(name, source.input_shape, source.outputs, settings.width, settings.seed)
     loss = models.loss(name, source.classes)
     jit_compile = workbench.jit_compile

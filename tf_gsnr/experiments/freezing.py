@@ -50,7 +50,14 @@ def settings(**given) -> Settings:
       ValueError: a value that no run can have.
     """
     numbers = ("width", "steps", "every", "repeats", "learning_rate", "initial_scale")
-    chosen = complete(Settings, given, {}, n=at_least(2), **dict.fromkeys(numbers, POSITIVE))
+    chosen = complete(
+        Settings,
+        given,
+        {},
+        n=at_least(2),
+        test_size=at_least(2),
+        **dict.fromkeys(numbers, POSITIVE),
+    )
     if chosen.dataset != "toy":
         raise ValueError(f"--dataset={chosen.dataset}: freezing runs on toy data")
     return chosen

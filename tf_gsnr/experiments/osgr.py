@@ -28,14 +28,13 @@ from typing import NamedTuple
 import numpy as np
 import tensorflow as tf
 
-from tf_gsnr import arrays, data, metrics, models
-from tf_gsnr.experiments import chunks, data_parallel, descent, replicas
+from tf_gsnr import data, models
+from tf_gsnr.experiments import chunks, data_parallel, descent, one_step, replicas
 from tf_gsnr.experiments.settings import POSITIVE, PROBABILITY, at_least, complete
 
 GRID = ("n", "p_random", "width", "epochs")
 STRATEGIES = data_parallel.STRATEGIES
 
-FIRST_ORDER_TOLERANCE = 0.1  # [ours] how far lambda |g|^2 may be off the measured decrease
 CHECKPOINT_SECONDS = 20
 PIECE_SECONDS = 2  # of descent between two looks at the clock
 
@@ -138,7 +137,7 @@ def _set_work(configuration, settings) -> tuple[float, float]:
     cost = configuration["width"] + 4
     test_size = settings.test_size or 10_000
     steps = settings.epochs[-1] - len(settings.epochs) + 1
-    measurement = (6 * configuration["n"] + 2 * test_size) * (1 + settings.unseen)
+    measurement = 6 * configuration["n"] * (1 + settings.unseen) + test_size * (2 + settings.unseen)
     return cost * 3 * configuration["n"] * max(steps, 0), cost * measurement * len(settings.epochs)
 
 
@@ -157,7 +156,7 @@ def run(configuration: dict, settings: Settings, workbench) -> Iterator[dict]:
             "epoch": epoch,
             "training_sets": settings.training_sets,
             "learning_rate": settings.learning_rate,
-            **_record(
+            **one_step.record(
                 [rows[index] for rows in state.rows],
                 state.decreases[:, index] / settings.training_sets,
                 settings.learning_rate,
@@ -183,13 +182,12 @@ class _State:
         x, y = source.test(settings.test_size, rng)
         # D and D' are draws of one distribution: the test labels get the same noise [ours].
         y = data.randomise(y, configuration["p_random"], source, rng)
-        self.test_size = len(y)
         self.test = chunks.of_data(x, y, settings.batch_size)
         self.rows = []  # per training set, per epoch, a dict of numbers
         # Each test example's, summed over t; by a step on the training sets, and on unseen ones.
-        self.decreases = np.zeros([1 + settings.unseen, len(settings.epochs), self.test_size])
+        self.decreases = np.zeros([1 + settings.unseen, len(settings.epochs), len(y)])
         self.start(0, settings)
-        self._restore(settings)
+        self._restore(settings, workbench.progress)
         if self.strategy:
             place = [configuration, self.t, self.epoch, len(self.rows)]
             data_parallel.check_same_start(self.strategy, place, self.directory.path)
@@ -224,7 +222,7 @@ class _State:
             }
         )
 
-    def _restore(self, settings):
+    def _restore(self, settings, progress):
         saved = self.directory.load_checkpoint()
         if not saved or str(saved["key"]) != self._key(settings):
             return
@@ -233,6 +231,9 @@ class _State:
         self.rows = json.loads(str(saved["rows"]))
         self.decreases = saved["decreases"]
         self.weights = [saved[k] for k in sorted(saved) if k.startswith("weight")]
+        descent, measurement = _set_work(self.configuration, settings)
+        together = len(self.rises) * self.epoch / (settings.epochs[-1] + 1)
+        progress.skip((self.t + together) * (descent + measurement))
 
 
 def _network(configuration, settings, workbench):
@@ -261,15 +262,21 @@ def _network(configuration, settings, workbench):
     return workbench.traced[width]
 
 
-def _training_sets(state, settings, source, first_stream=2):
-    """Those that train together, as chunks: x and y with a leading axis r."""
+def _training_sets(state, settings, source, unseen=False):
+    """Those that train together, as chunks: x and y with a leading axis r.
+
+    Or as many that have no example of theirs.
+    """
     c, batch_size = state.configuration, settings.batch_size
     if state.strategy:  # no device without a chunk
         batch_size = min(batch_size, -(-c["n"] // state.strategy.num_replicas_in_sync))
     found = []
     for t in range(state.t, state.t + len(state.rises)):
-        rng = state.rng(settings, stream=first_stream + t)
-        x, y = source.draw(c["n"], rng)
+        rng = state.rng(settings, stream=2 + t)
+        if unseen:
+            x, y = (v[c["n"] :] for v in source.draw(c["n"], rng, beside=c["n"]))
+        else:
+            x, y = source.draw(c["n"], rng)
         y = data.randomise(y, c["p_random"], source, rng)
         found.append(chunks.of_data(x, y, batch_size))
     x, y, (valid, *_) = zip(*found)
@@ -283,10 +290,9 @@ def _descend_together(state, settings, workbench):
     if len(state.rows) == state.t:
         state.rows += [[] for _ in range(size)]
     own = _training_sets(state, settings, workbench.source)
-    sets_measured = [own]
+    measured_on = [own]
     if settings.unseen:
-        stream = 2 + settings.training_sets
-        sets_measured.append(_training_sets(state, settings, workbench.source, stream))
+        measured_on.append(_training_sets(state, settings, workbench.source, unseen=True))
     descent_work, measurement_work = (size * work for work in _set_work(c, settings))
     steps_planned = max(settings.epochs[-1] - len(settings.epochs) + 1, 1)
     text = ", ".join(f"{k}={v}" for k, v in c.items())
@@ -312,61 +318,19 @@ def _descend_together(state, settings, workbench):
             piece = max(1, int(PIECE_SECONDS * steps / (state.clock() - begin + 1e-9)))
             state.epoch += steps
             passed(descent_work * steps / steps_planned)
-        step, *others = (_measured_step(state, data) for data in sets_measured)
+        seeds = [[state.t + r, state.epoch] for r in range(size)]
+        step, *others = one_step.measured(
+            state.descent, state.model, state.weights, measured_on, state.test, seeds
+        )
+        _check_losses(state, state.epoch, step.losses)
+        state.rises = state.rises + (step.losses > state.last_loss)
         for r, row in enumerate(step.rows):
             unseen = {f"unseen_{k}": v for other in others for k, v in other.rows[r].items()}
-            state.rows[state.t + r].append(row | unseen)
+            state.rows[state.t + r].append(row | unseen | {"rises": int(state.rises[r])})
         state.decreases[:, index] += [step.decrease, *(other.decrease for other in others)]
         state.weights, state.last_loss = step.weights, step.losses
         state.epoch += 1
         passed(measurement_work / len(settings.epochs))
-
-
-class _Step(NamedTuple):
-    """A step along the gradients of training sets' losses, and what was measured around it.
-
-    Attributes:
-      weights: after it.
-      losses: `[r]`, the mean losses of the training sets before it.
-      rows: a dict of numbers for each set.
-      decrease: `[n']`, of each test example's loss, summed over the sets.
-    """
-
-    weights: list
-    losses: np.ndarray
-    rows: list
-    decrease: np.ndarray
-
-
-def _measured_step(state, own) -> _Step:
-    """Both sides of (19) around a step from the state's weights, which stay as they are."""
-
-    def test_losses(weights):
-        losses = state.descent.losses(weights, state.test).numpy()
-        return losses.reshape(len(losses), -1)[:, : state.test_size].astype(float)
-
-    weights = state.descent.recalibrate(state.weights, own)
-    moments = tf.nest.map_structure(np.asarray, state.descent.moments(weights, own))
-    _check_losses(state, state.epoch, moments.loss)
-    before = test_losses(weights)
-    seeds = [[state.t + r, state.epoch] for r in range(len(state.rises))]
-    gradient, terms = state.descent.terms(weights, own, moments, seeds)
-    weights = state.descent.recalibrate(state.descent.step(weights, gradient), own)
-    after = test_losses(weights)
-    train_after = state.descent.loss(weights, own).numpy()
-    rows = []
-    for r in range(len(state.rises)):
-        one = tf.nest.map_structure(lambda v, r=r: v[r], moments)
-        row = metrics.summarize(one, state.model) | {
-            **terms[r],
-            "train_before": float(moments.loss[r]),
-            "train_after": float(train_after[r]),
-            "test_before": before[r].mean(),
-            "test_after": after[r].mean(),
-            "rises": int(state.rises[r]),
-        }
-        rows.append(row)
-    return _Step([np.asarray(w) for w in weights], moments.loss, rows, (before - after).sum(0))
 
 
 def _check_losses(state, epoch, losses):
@@ -378,52 +342,3 @@ def _check_losses(state, epoch, losses):
                 f"{state.t + r + 1} ({c}): the descent diverged (a smaller --learning_rate?) or "
                 "the data hold NaN"
             )
-
-
-def _record(rows, test_decreases, learning_rate) -> dict:
-    """One record of the M training sets' measurements at one epoch."""
-
-    def column(name):
-        return np.array([row[name] for row in rows], dtype=float)
-
-    def sides(prefix, decreases):
-        """Both sides of (19), measured (23) and predicted (24), with their standard errors."""
-        train, test = (
-            np.stack([column(f"{prefix}{side}_{when}") for when in ("before", "after")], 1)
-            for side in ("train", "test")
-        )
-        noise, noise_se = metrics.ratio_of_sums(column(f"{prefix}noise"), column(f"{prefix}signal"))
-        return {
-            "osgr_measured": metrics.osgr_measured(train, test),
-            "osgr_measured_se": metrics.osgr_measured_se(train, test, decreases),
-            "osgr_predicted": 1 - noise,
-            "osgr_predicted_se": noise_se,
-        }
-
-    train_decrease = float((column("train_before") - column("train_after")).mean())
-    # (9): to first order the training loss falls by lambda |g|^2.
-    first_order = float(learning_rate * column("signal").mean() / train_decrease)
-    rises = int(column("rises").sum() + (column("train_after") > column("train_before")).sum())
-    record = {
-        **sides("", test_decreases[0]),
-        "train_loss": float(column("train_before").mean()),
-        "test_loss": float(column("test_before").mean()),
-        "train_decrease": train_decrease,
-        "test_decrease": float((column("test_before") - column("test_after")).mean()),
-        "gap_growth_predicted": float(learning_rate * column("noise").mean()),  # (14)
-        "first_order_ratio": first_order,
-        "loss_rises": rises,
-        "small_step": bool(rises == 0 and abs(first_order - 1) <= FIRST_ORDER_TOLERANCE),
-    }
-    if len(test_decreases) > 1:
-        unseen = sides("unseen_", test_decreases[1])
-        record |= {key.replace("osgr_", "osgr_unseen_"): value for key, value in unseen.items()}
-    if "noise_frozen" in rows[0]:
-        frozen, frozen_se = metrics.ratio_of_sums(column("noise_frozen"), column("signal_frozen"))
-        record |= {"osgr_predicted_frozen": 1 - frozen, "osgr_predicted_frozen_se": frozen_se}
-    taken = {"count", "loss", "osgr_predicted", "rises"}
-    taken |= {"noise", "signal", "noise_frozen", "signal_frozen"}
-    for name in rows[0]:
-        if name not in taken and not name.startswith(("train_", "test_", "unseen_")):
-            record[name] = arrays.mean(column(name))
-    return record

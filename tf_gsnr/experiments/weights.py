@@ -214,6 +214,13 @@ def check_chain(model, settings: Settings):
             f"--model={settings.model}: expected a keras.Sequential, where the layers below a "
             f"layer are those before it, got {type(model).__name__}"
         )
+    names = list(gradient_change.kernels(model))
+    own = {layer.name for layer in model.layers}
+    if len(names) < 2 or not own.issuperset(names):
+        raise ValueError(
+            f"--model={settings.model}: its kernels are those of {names or 'no layer'}; expected "
+            "two at least, a layer and one below it, each in a layer of the network itself"
+        )
     names = [layer.name for layer in recalibration.normalizing_layers(model)]
     if names:
         raise ValueError(

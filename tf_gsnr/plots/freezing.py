@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from tf_gsnr.plots import style
-from tf_gsnr.plots.claims import Claim, verdict
-from tf_gsnr.plots.style import by, column, plt
+from tf_gsnr.plots.claims import Claim, beyond, verdict, with_error
+from tf_gsnr.plots.style import by, column, over_seeds, plt
 
 COLOURS = {False: "#2a6fbb", True: "#c8553d"}
 LABELS = {False: "whole network", True: "first layer frozen"}
@@ -25,9 +25,7 @@ def features(records: list[dict], seed: int | None = None) -> list[dict]:
       Per feature: `feature`, `gsnr_start`, `gsnr_max`, `step` of the maximum, and the Pearson
       correlation with the target `correlation_start` and `correlation_max`, at the maximum.
     """
-    seed = min(r["seed"] for r in records) if seed is None else seed
-    path = [r for r in records if r["seed"] == seed and not r["frozen"]]
-    path = sorted(path, key=lambda r: r["epoch"])
+    path = _path(records, seed)
     names = [k.removeprefix("gsnr/") for k in path[0] if k.startswith("gsnr/feature")]
     rows = []
     for name in names:
@@ -46,6 +44,13 @@ def features(records: list[dict], seed: int | None = None) -> list[dict]:
             }
         )
     return sorted(rows, key=lambda row: row["gsnr_start"] - row["gsnr_max"])[:BEST]
+
+
+def _path(records, seed=None) -> list[dict]:
+    """The whole network's records of a seed (the first there is), by step."""
+    whole = sorted((r for r in records if not r["frozen"]), key=lambda r: (r["seed"], r["epoch"]))
+    seed = whole[0]["seed"] if whole and seed is None else seed
+    return [r for r in whole if r["seed"] == seed]
 
 
 def summary(records: list[dict]) -> dict:
@@ -111,15 +116,15 @@ def _rises(records):
     steps, values = curves(records, False, "gsnr/second_layer")
     mean = values.mean(0)
     best = int(mean.argmax())
-    rise, se = _over_seeds(values[:, best] - values[:, 0])
+    rise, se = over_seeds(values[:, best] - values[:, 0])
     marked = mean[best] >= MARKED * mean[0]
     return Claim(
         "figure 6",
         "The first layer learning, the mean GSNR of the second layer's parameters rises markedly.",
         '"a significant upward process" [text]',
         f"{mean[0]:.3f} to {mean[best]:.3f} at step {steps[best]:.0f}, a rise of "
-        f"{_with_error(rise, se, 3)} ({len(values)} seeds)",
-        verdict(marked and rise > 2 * se, rise > 2 * se),
+        f"{with_error(rise, se, '+.3f')} ({len(values)} seeds)",
+        verdict(marked and beyond(rise, se), beyond(rise, se)),
         INITIAL,
     )
 
@@ -129,17 +134,17 @@ def _stays_low(records):
     mean, changes = values.mean(0), values - values[:, :1]
     early = mean[1 : max(2, len(mean) // 4)]  # [ours] "in the beginning": the first quarter
     lowest, highest = 1 + int(early.argmin()), 1 + int(mean[1:].argmax())
-    fall, fall_se = _over_seeds(changes[:, lowest])
-    top, top_se = _over_seeds(changes[:, highest])
-    falls, low = fall < -2 * fall_se, top <= 2 * top_se
+    fall, fall_se = over_seeds(changes[:, lowest])
+    top, top_se = over_seeds(changes[:, highest])
+    falls, low = beyond(-fall, fall_se), not beyond(top, top_se)
     return Claim(
         "figure 6",
         "The first layer frozen, it falls at first and stays low.",
         '"decreases in the beginning and remains at a low level" [text]',
         f"{mean[0]:.3f} to {mean[lowest]:.3f} by step {steps[lowest]:.0f}, a change of "
-        f"{_with_error(fall, fall_se, 4)}, and {mean[-1]:.3f} at the end; after the start never "
-        f"above {mean[highest]:.3f} ({len(values)} seeds)",
-        verdict(bool(falls and low), bool(falls or low)),
+        f"{with_error(fall, fall_se, '+.4f')}, and {mean[-1]:.3f} at the end; after the start "
+        f"never above {mean[highest]:.3f} ({len(values)} seeds)",
+        verdict(falls and low, falls or low),
     )
 
 
@@ -151,7 +156,7 @@ def _correlates(records):
     }
     names = ("correlation_start", "correlation_max")
     sizes = [np.array([[abs(r[k]) for k in names] for r in found]) for found in seeds.values()]
-    growth, se = _over_seeds([np.mean(size[:, 1] - size[:, 0]) for size in sizes])
+    growth, se = over_seeds([np.mean(size[:, 1] - size[:, 0]) for size in sizes])
     start, top = np.concatenate(sizes).T
     grown = np.mean(top > start)
     first = next(iter(seeds.values()))
@@ -162,22 +167,10 @@ def _correlates(records):
         "the maximum of their GSNR.",
         "-0.11 to 0.47, 0.11 to 0.44, 0.07 to 0.40, -0.21 to -0.27, -0.33 to 0.53 [text]",
         f"{', '.join(pairs)} (first seed); over {len(seeds)} seeds {start.mean():.2f} to "
-        f"{top.mean():.2f} in size, a growth of {_with_error(growth, se, 2)}; "
+        f"{top.mean():.2f} in size, a growth of {with_error(growth, se, '+.2f')}; "
         f"{grown:.0%} of the features grow",
-        verdict(bool(grown >= 0.8 and growth > 2 * se), growth > 0),
+        verdict(bool(grown >= 0.8 and beyond(growth, se)), growth > 0),
     )
-
-
-def _over_seeds(values):
-    """Mean and standard error; that of a single seed is not known: infinite."""
-    values = np.asarray(values, float)
-    se = values.std(ddof=1) / np.sqrt(len(values)) if len(values) > 1 else np.inf
-    return float(values.mean()), float(se)
-
-
-def _with_error(value, se, digits):
-    error = f" ± {se:.{digits}f}" if np.isfinite(se) else ""
-    return f"{value:+.{digits}f}{error}"
 
 
 def figure(records: list[dict]) -> plt.Figure:
@@ -193,8 +186,7 @@ def figure(records: list[dict]) -> plt.Figure:
     )
     left.set_title(f"mean over {len(values)} seeds, band: one standard error", fontsize=10)
     left.legend(frameon=False)
-    path = [r for r in records if not r["frozen"] and r["seed"] == min(r["seed"] for r in records)]
-    path = sorted(path, key=lambda r: r["epoch"])
+    path = _path(records)
     marked = {row["feature"] for row in features(records)} if path else set()
     for name in [k for k in (path[0] if path else {}) if k.startswith("gsnr/feature")]:
         number = int(name.removeprefix("gsnr/feature"))

@@ -8,7 +8,7 @@ matplotlib.use("Agg")  # files, no window
 import matplotlib.pyplot as plt  # noqa: E402
 import numpy as np  # noqa: E402
 
-__all__ = ["by", "column", "curves", "draw_mean", "pearson", "plt"]
+__all__ = ["by", "column", "curves", "draw_mean", "over_seeds", "pearson", "plt"]
 
 
 def pearson(x, y) -> float:
@@ -37,10 +37,21 @@ def curves(records, name):
     return column(whole[0] if whole else [], "epoch"), np.array([column(g, name) for g in whole])
 
 
+def over_seeds(values):
+    """The mean over the first axis and its standard error, which is NaN with one seed.
+
+    >>> [float(v) for v in over_seeds([1.0, 3.0])], [float(v) for v in over_seeds([1.0])]
+    ([2.0, 1.0], [1.0, nan])
+    """
+    values = np.asarray(values, float)
+    if len(values) < 2:
+        return values.mean(0), np.full(values.shape[1:], np.nan)
+    return values.mean(0), values.std(0, ddof=1) / np.sqrt(len(values))
+
+
 def draw_mean(axis, x, values, *line, **looks):
     """The mean over seeds of `values [seeds, k]`, with a band of one standard error."""
-    mean = values.mean(0)
+    mean, se = over_seeds(values)
     (drawn,) = axis.plot(x, mean, *line, **looks)
     if len(values) > 1:
-        se = values.std(0, ddof=1) / np.sqrt(len(values))
         axis.fill_between(x, mean - se, mean + se, color=drawn.get_color(), alpha=0.2, linewidth=0)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 
-from tf_gsnr.plots.claims import Claim, verdict
-from tf_gsnr.plots.style import curves, draw_mean, plt
+from tf_gsnr.plots.claims import Claim, beyond, verdict, with_error
+from tf_gsnr.plots.style import curves, draw_mean, over_seeds, plt
 
 COLOURS = {"all": "#2a6fbb", "top": "#c8553d"}
 LABELS = {"all": "all weights", "top": "top 10% by |W|"}
@@ -52,8 +50,7 @@ def _over_epochs(epochs, values):
     mean = values.mean(0)
     found = {"end": mean[-1]}
     for name, chosen in (("early", epochs <= EARLY * epochs[-1]), ("mean", epochs >= 0)):
-        found[name] = values[:, chosen].mean()
-        found[f"{name}_se"] = float(_standard_error(values[:, chosen].mean(1)))
+        found[name], found[f"{name}_se"] = over_seeds(values[:, chosen].mean(1))
     for name, find in (("low", np.nanargmin), ("high", np.nanargmax)):
         if np.isfinite(mean).any():
             found[name], found[f"{name}_epoch"] = mean[find(mean)], epochs[find(mean)]
@@ -161,13 +158,6 @@ def _draw(axis, records, name, label, colour, line, band=True):
         axis.plot(epochs, values.mean(0), line, **looks)
 
 
-def _standard_error(values):
-    """Over the first axis, the seeds; NaN with one."""
-    if len(values) < 2:
-        return np.full(np.shape(values)[1:], math.nan)
-    return np.std(values, axis=0, ddof=1) / math.sqrt(len(values))
-
-
 def claims(records: list[dict]) -> list[Claim]:
     """The claims of section 3.3. A number is beyond another when it is by two standard errors."""
     s = summary(records)
@@ -176,7 +166,7 @@ def claims(records: list[dict]) -> list[Claim]:
 
 def _correlation_claims(records, s):
     below, whole = (s[f"correlation_{step}/all"] for step in ("below", "whole"))
-    negative = [_beyond(-c["early"], c["early_se"]) for c in (below, whole)]
+    negative = [beyond(-c["early"], c["early_se"]) for c in (below, whole)]
     growth, why = s["growth/all"], ""
     if whole["mean"] > 0 > growth["mean"]:
         why = (
@@ -200,7 +190,7 @@ def _correlation_claims(records, s):
     if all(f"correlation_{step}/top" in s for step in STEPS):  # a tiny network has too few
         below, whole = (s[f"correlation_{step}/top"] for step in ("below", "whole"))
         more = [
-            _beyond(*_difference(records, f"correlation_{step}/all", f"correlation_{step}/top"))
+            beyond(*_difference(records, f"correlation_{step}/all", f"correlation_{step}/top"))
             for step in STEPS
         ]
         found.append(
@@ -220,7 +210,7 @@ def _sign_claims(records, s):
     share, top = s["opposite/all"], s["opposite/top"]
     first = s.get(f"opposite/top/{layers(records)[0]}")
     why = ""
-    if first and _beyond(first["mean"] - 0.5, first["mean_se"]):
+    if first and beyond(first["mean"] - 0.5, first["mean_se"]):
         why = (
             f"In the first layer it is {_text(first, 'mean')}, though nothing is below it and (28) "
             "does not apply: the share alone is no evidence for (28)"
@@ -231,7 +221,7 @@ def _sign_claims(records, s):
             "More weights have W g < 0 than not",
             "above 0.5 [text]",
             f"{_text(share, 'mean')} over all epochs, {share['end']:.2f} at the end",
-            verdict(_beyond(share["mean"] - 0.5, share["mean_se"]), share["end"] > 0.5),
+            verdict(beyond(share["mean"] - 0.5, share["mean_se"]), share["end"] > 0.5),
         ),
         Claim(
             "figure 7b",
@@ -273,14 +263,8 @@ def _difference(records, larger, smaller):
     epochs, one = curves(records, larger)
     _, other = curves(records, smaller)
     early = (one - other)[:, epochs <= EARLY * epochs[-1]].mean(1)
-    return early.mean(), float(_standard_error(early))
-
-
-def _beyond(value, se) -> bool:
-    """Whether a value is positive by two standard errors (one seed has none: by its sign)."""
-    return bool(value > (2 * se if math.isfinite(se) else 0))
+    return over_seeds(early)
 
 
 def _text(field, when):
-    se = field[f"{when}_se"]
-    return f"{field[when]:.2f}" + (f" ± {se:.2f}" if math.isfinite(se) else "")
+    return with_error(field[when], field[f"{when}_se"], ".2f")
