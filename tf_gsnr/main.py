@@ -284,6 +284,7 @@ def run(argv):
     from tf_gsnr.experiments import data_parallel, runner
 
     experiment = experiments.load(FLAGS.experiment)
+    _quieten_tensorflow()
     strategy = _strategy(experiment)  # before anything else of TensorFlow runs
     gradients.check_engine_name(FLAGS.engine)
     jit = {"auto": "auto", "true": True, "false": False}[FLAGS.jit_compile]
@@ -321,6 +322,15 @@ def run(argv):
     options = dict(engine=FLAGS.engine, jit_compile=jit, replicas=FLAGS.replicas, strategy=strategy)
     runner.go_through(experiment, settings, chosen, source, directory, **options)
     return _finish(directory)
+
+
+def _quieten_tensorflow():
+    """Drops its warning of frequent tracing, which takes all networks' functions for one."""
+    import tensorflow as tf
+
+    tf.get_logger().addFilter(
+        lambda record: "triggered tf.function retracing" not in record.getMessage()
+    )
 
 
 def _finish(directory):

@@ -17,6 +17,8 @@ FROZEN = "osgr_predicted_frozen"
 # Both sides by a step on training sets that the models have not seen.
 UNSEEN, UNSEEN_MEASURED = "osgr_unseen_predicted", "osgr_unseen_measured"
 
+WIDE = 2.0  # of all points' OSGR: then each panel has limits of its own
+
 
 def summary(records: list[dict]) -> dict:
     """Per epoch: how well the predicted OSGR matches the measured one.
@@ -186,20 +188,23 @@ def figure(records: list[dict]) -> plt.Figure:
     """Figure 4 (and 9, 11): a panel per epoch, a point per configuration, measured over predicted.
 
     Colour is n, marker is p_random, error bars are one standard error; hollow points have left the
-    small-step regime. All panels share their axes. With batch normalisation there are rows of
-    panels for its statistics as constants, and as functions of the weights; where measured, others
-    for both sides by training sets that the models have not seen.
+    small-step regime. All panels share their axes, unless some points are far out. With batch
+    normalisation there are rows of panels for its statistics as constants, and as functions of the
+    weights; where measured, others for both sides by training sets that the models have not seen.
     """
     epochs = by(records, "epoch")
     kinds = _kinds(records)
+    fields = {field for kind in kinds for field in kind[:2]}
+    limits = _limits(records, fields)
+    shared = limits[1] - limits[0] < WIDE
     columns = min(len(epochs), 3)
     rows = -(-len(epochs) // columns) * len(kinds)
     drawn, axes = plt.subplots(
         rows,
         columns,
         figsize=(3.6 * columns + 1.6, 3.5 * rows + 0.7),
-        sharex=True,
-        sharey=True,
+        sharex=shared,
+        sharey=shared,
         squeeze=False,
         layout="constrained",
     )
@@ -207,11 +212,11 @@ def figure(records: list[dict]) -> plt.Figure:
     noises = sorted({r["p_random"] for r in records})
     colours = dict(zip(sizes, plt.cm.viridis(np.linspace(0, 0.9, len(sizes)))))
     markers = dict(zip(noises, (MARKERS * len(noises))[: len(noises)]))
-    low, high = _limits(records, {field for kind in kinds for field in kind[:2]})
     blocks = zip(np.split(axes, len(kinds)), kinds)
     panels = [(a, e, kind) for block, kind in blocks for a, e in zip(block.flat, epochs)]
     for axis, epoch, (field, measured, label) in panels:
         group = epochs[epoch]
+        low, high = limits if shared else _limits(group, (field, measured))
         axis.plot([low, high], [low, high], "--", color="0.6", linewidth=1, zorder=0)
         for r in group:
             axis.errorbar(
