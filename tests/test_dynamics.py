@@ -250,3 +250,20 @@ def test_bad_settings_are_named():
     bench = Workbench(data.load("toy"), None, progress.Progress(1, io.StringIO()), traced={})
     with pytest.raises(ValueError, match="--dataset=toy: .*needs classes"):
         next(dynamics.run(dynamics.configurations(settings)[0], settings, bench))
+
+
+def test_at_first_the_examples_of_a_class_agree(tfds_dir):
+    """Why the same-sign proportion starts above one half: `plots.dynamics.WHY_SIGNS`."""
+    source = data.load("cifar10", tfds_dir)
+    model = models.build("simple_cnn", source.input_shape, source.outputs, width=4, seed=0)
+    x, y = source.draw(200, np.random.default_rng(0))
+
+    def share(chosen):
+        arguments = dict(batch_size=20, sign_counts=True)
+        found = tf_gsnr.gradient_moments(
+            model, x[chosen], y[chosen], models.cross_entropy, **arguments
+        )
+        return tf_gsnr.summarize(found, model)["same_sign/mean"]
+
+    assert share(y >= 0) < 0.7
+    assert np.mean([share(y == label) for label in range(10)]) > 0.85

@@ -85,7 +85,7 @@ def _section(run, claims, figures):
 
 
 def _machines(run):
-    header = ("directory", "configurations", "time", "device", "engine", "versions", "started")
+    header = ("directory", "configurations", "time", "device", "engine", "versions", "last started")
     rows = [
         (
             Code(part.path.resolve().name),
