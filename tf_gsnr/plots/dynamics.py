@@ -174,8 +174,8 @@ def _signs(model, real):
 
 WHY_SIGNS = (
     "at the start the examples of a class push a parameter the same way, so the majority's share "
-    "is above 50% before anything is learnt (62% for ten classes that each agree; of the simple CNN, "
-    "at the initial weights, over 85% of a class's examples do agree on CIFAR-10: "
+    "is above 50% before anything is learnt (62% for ten classes that each agree; of the simple "
+    "CNN, at the initial weights, over 85% of a class's examples do agree on CIFAR-10: "
     "tests/test_dynamics.py); the share with the mean gradient's sign has no such floor"
 )
 
