@@ -26,7 +26,9 @@ def test_both_start_alike_and_one_learns(records):
     for seed in (0, 1):
         whole, frozen = records[seed, False], records[seed, True]
         assert [r["epoch"] for r in whole] == [0, 10, 20, 30]
-        assert whole[0]["gsnr/second_layer"] == pytest.approx(frozen[0]["gsnr/second_layer"])
+        assert whole[0]["gsnr_plain/second_layer"] == pytest.approx(
+            frozen[0]["gsnr_plain/second_layer"]
+        )
         assert len({r["correlation/feature00"] for r in frozen}) == 1
         assert len({r["correlation/feature00"] for r in whole}) == 4
         assert whole[-1]["train_loss"] < whole[0]["train_loss"]
@@ -43,7 +45,7 @@ def test_the_gsnr_is_that_of_the_regression(records):
     with np.errstate(invalid="ignore"):
         ratio = gradient.mean(0) ** 2 / gradient.var(0)
     found = records[0, True][0]
-    assert found["gsnr/second_layer"] == pytest.approx(np.nanmean(ratio), rel=1e-4)
+    assert found["gsnr_plain/second_layer"] == pytest.approx(np.nanmean(ratio), rel=1e-4)
 
 
 def test_figure_and_table(records):

@@ -53,8 +53,8 @@ def frozen_records(rise=0.03, fall=-0.005, seeds=3, correlation=0.4):
             "seed": seed,
             "frozen": frozen,
             "epoch": step,
-            "gsnr/second_layer": 0.03 + 1e-4 * seed + (fall if frozen else rise) * share,
-            "gsnr/feature00": 0.01 + 0.02 * share,
+            "gsnr_plain/second_layer": 0.03 + 1e-4 * seed + (fall if frozen else rise) * share,
+            "gsnr_plain/feature00": 0.01 + 0.02 * share,
             "correlation/feature00": -0.1 - (correlation - 0.1) * share,
         }
         for seed in range(seeds)

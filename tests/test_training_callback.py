@@ -54,9 +54,10 @@ def test_logs_are_the_moments_of_the_probe_set(tmp_path):
     callback = tf_gsnr.GSNRCallback(X, LABELS, every_epochs=2, per_layer=True)
     history = fit(model, callback, keras.callbacks.CSVLogger(log), epochs=4)
     record = tf_gsnr.summarize(tf_gsnr.gradient_moments(model, X, LABELS, sign_counts=True), model)
-    assert math.isnan(history["gsnr/mean"][0])
-    assert history["gsnr/mean"][1] == history["gsnr/mean"][2]  # the last number stays
+    plain = history["gsnr_plain/mean"]
+    assert math.isnan(plain[0]) and plain[1] == plain[2] > 0  # the last number stays
     names = {"same_sign/mean": "gsnr/same_sign", "noise_scale": "gsnr/noise_scale"}
+    names |= {"osgr_predicted": "gsnr/osgr_predicted", "gsnr_plain/mean": "gsnr_plain/mean"}
     names |= {k: k for k in record if k.startswith("gsnr/")}
     for name, logged in names.items():
         np.testing.assert_allclose(history[logged][-1], record[name], err_msg=name)
@@ -72,7 +73,7 @@ def test_run_directory(tmp_path):
     found = records.read_records(tmp_path / "run")
     assert [r["step"] for r in found] == [0, 2, 4, 6, 8, 10]
     assert [r["epoch"] for r in found] == [0, 0, 1, 1, 2, 2]
-    assert all(r["gsnr/mean"] > 0 and r["count"] == 64 for r in found)
+    assert all(r["gsnr_plain/mean"] > 0 and r["count"] == 64 for r in found)
     assert records.read_config(tmp_path / "run")["settings"]["cadence"] == "every 2 steps"
     with pytest.raises(ValueError, match="other settings"):
         fit(classifier(), tf_gsnr.GSNRCallback(X, LABELS, run_dir=tmp_path / "run"))
@@ -90,14 +91,96 @@ def test_osgr_and_gap_of_the_real_step():
     before = [model.evaluate(*d, verbose=0) for d in ((X, LABELS), (X_TEST, LABELS_TEST))]
     history = fit(model, callback, batch_size=64, epochs=4)
     after = [model.evaluate(*d, verbose=0) for d in ((X, LABELS), (X_TEST, LABELS_TEST))]
-    np.testing.assert_allclose(history["gsnr/gap"][-1], after[1] - after[0], atol=1e-5)
+    gaps = [test - probe for probe, test in (before, after)]
+    np.testing.assert_allclose(history["gsnr/gap"][-1], gaps[1] - gaps[0], atol=1e-5)
     moments = tf_gsnr.gradient_moments(model, X, LABELS)
     growth = 1e-3 * sum(v.sum() for v in moments.variance(1)) / 64
     np.testing.assert_allclose(history["gsnr/gap_predicted"][-1], 4 * growth, rtol=0.05)
     measured = history["gsnr/osgr_measured"][-1]
-    assert np.isfinite(measured) and -1 < history["gsnr/osgr_predicted"][-1] < 1
+    assert np.isfinite(measured) and not np.max(history["gsnr/osgr_predicted"]) > 1
     drop = [b - a for a, b in zip(after, before)]
     np.testing.assert_allclose(measured, drop[1] / drop[0], rtol=0.2, atol=0.05)
+
+
+def test_both_gaps_are_of_the_same_moment_and_begin_at_zero(tmp_path):
+    model = classifier(keras.optimizers.SGD(0.05))
+    for layer in model.layers:
+        layer.trainable = not isinstance(layer, keras.layers.BatchNormalization)
+    test, gaps, rows = (X_TEST, LABELS_TEST), [], []
+
+    class Gaps(keras.callbacks.Callback):
+        """The real gap where training begins and after each step; what the logs say there."""
+
+        def on_train_begin(self, logs=None):
+            self.on_train_batch_end(0)
+
+        def on_train_batch_end(self, batch, logs=None):
+            probe_loss, test_loss = (
+                float(model.loss(y, model(x, training=False))) for x, y in ((X, LABELS), test)
+            )
+            gaps.append(test_loss - probe_loss)
+            rows.append(dict(logs or {}))
+
+    run = tmp_path / "run"
+    callback = tf_gsnr.GSNRCallback(X, LABELS, every_steps=3, test_data=test, run_dir=run)
+    history = fit(model, callback, Gaps(), epochs=2)
+    measured = records.read_records(run)
+    assert [r["step"] for r in measured] == [1, 4, 7]
+    growth = 0.0
+    for record in measured:
+        row = rows[record["step"]]
+        growth += record["step_gap_growth_predicted"]
+        for name in ("gap", "gap_predicted"):
+            assert row[f"gsnr/{name}"] == record[name]
+        np.testing.assert_allclose(record["gap"], gaps[record["step"]] - gaps[0], atol=1e-5)
+        np.testing.assert_allclose(record["gap_predicted"], growth)
+        growth += 2 * record["step_gap_growth_predicted"]
+    assert history["gsnr/gap"][-1] == measured[-1]["gap"]
+
+    # At the end of an epoch both are of its end.
+    gaps.clear(), rows.clear()
+    callback = tf_gsnr.GSNRCallback(X, LABELS, every_epochs=2, test_data=test)
+    history = fit(model, callback, Gaps(), epochs=4)
+    np.testing.assert_allclose(history["gsnr/gap"][1], gaps[8] - gaps[4], atol=1e-5)
+    np.testing.assert_allclose(history["gsnr/gap"][3], gaps[16] - gaps[4], atol=1e-5)
+    predicted = history["gsnr/gap_predicted"]
+    assert math.isnan(predicted[0]) and 0 < predicted[1] == predicted[2] < predicted[3]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(),
+        dict(every_epochs=2, per_layer=True),
+        dict(every_epochs=2, test_data=(X_TEST, LABELS_TEST)),
+        dict(schedule=schedule.linear(2, start=5), test_data=(X_TEST, LABELS_TEST)),
+        dict(every_steps=100, per_layer=True, sign_counts=False),
+    ],
+)
+def test_columns_are_the_same_in_every_epoch(options, tmp_path):
+    log, seen = tmp_path / "log.csv", []
+    note = keras.callbacks.LambdaCallback(
+        on_train_batch_end=lambda batch, logs: seen.append(list(logs)),
+        on_epoch_end=lambda epoch, logs: seen.append(list(logs)),
+    )
+    callback = tf_gsnr.GSNRCallback(X, LABELS, **options)
+    history = fit(classifier(), callback, note, keras.callbacks.CSVLogger(log), epochs=4)
+    assert all(names == seen[0] for names in seen)
+    assert {len(values) for values in history.values()} == {4}
+    columns = log.read_text().splitlines()[0].split(",")  # Keras adds a val_ for each
+    assert {c for c in columns if not c.startswith("val_")} == {"epoch", *history}
+    assert not np.isinf([v for values in history.values() for v in values]).any()
+
+
+def test_says_once_an_epoch_why_there_is_no_number(caplog):
+    """Labels at random: nothing to learn."""
+    callback = tf_gsnr.GSNRCallback(X[:9], LABELS[:9], every_steps=1, per_layer=True)
+    with caplog.at_level("WARNING", logger="absl"):
+        history = fit(classifier(keras.optimizers.SGD(0.0)), callback, epochs=2)
+    assert np.isnan(history["gsnr/osgr_predicted"]).all() and history["gsnr_plain/mean"][0] > 0
+    lines = [r.getMessage() for r in caplog.records if "gsnr/osgr_predicted" in r.getMessage()]
+    assert [line.partition(":")[0] for line in lines] == ["epoch 1", "epoch 2"]
+    assert "the signal cannot be told from zero with 9 examples" in lines[0]
 
 
 def test_tensorboard(tmp_path):
@@ -126,7 +209,7 @@ def test_steps_per_execution_and_schedules():
     model = classifier()
     model.compile("sgd", model.loss, steps_per_execution=2)
     history = fit(model, callback, epochs=2)
-    assert math.isnan(history["gsnr/mean"][0]) and history["gsnr/mean"][1] > 0
+    assert math.isnan(history["gsnr_plain/mean"][0]) and history["gsnr_plain/mean"][1] > 0
     assert callback._step == 8
 
 

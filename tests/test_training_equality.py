@@ -229,4 +229,4 @@ def test_same_training(case):
             np.testing.assert_allclose(a, b, atol=tolerance, err_msg=case)
         for name, values in history.items():
             np.testing.assert_allclose(values, shown[name], rtol=tolerance, atol=tolerance)
-        assert np.isfinite(shown["gsnr"]).all()
+        assert not np.isinf(shown["gsnr"]).any()

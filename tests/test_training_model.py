@@ -28,16 +28,10 @@ def fit(model, optimizer="sgd", loss="mse", **kwargs):
     return model.fit(**data).history
 
 
-def pooled(parts):
-    moments = parts[0]
-    for part in parts[1:]:
-        moments = moments.merge(part)
-    return moments
-
-
 @pytest.mark.parametrize("pool", ["epoch", "batch"])
 @pytest.mark.parametrize("bias_corrected", [True, False])
 def test_numbers_are_those_of_the_moments(pool, bias_corrected):
+    """Per step, at the weights of a plain training, and added up over the steps."""
     network = mlp()
     model = tf_gsnr.GSNRModel(network, pool=pool, bias_corrected=bias_corrected, per_layer=True)
     shown = fit(model, keras.optimizers.SGD(0.05))
@@ -49,17 +43,19 @@ def test_numbers_are_those_of_the_moments(pool, bias_corrected):
         parts.append(tf_gsnr.gradient_moments(reference, x, y, sign_counts=True))
         gap += 0.05 * sum(v.sum() for v in parts[-1].variance(1)) / 48
         reference.train_on_batch(x, y)
-    moments = pooled(parts) if pool == "epoch" else parts[-1]
-    ratios = metrics.gsnr(moments, bias_corrected)
-    trace = sum(v.sum() for v in moments.variance(1 if bias_corrected else 0))
-    signal = sum((g**2).sum() for g in moments.mean)
+    parts = parts if pool == "epoch" else parts[-1:]
+    variance = [sum(v) for v in zip(*(m.variance(int(bias_corrected)) for m in parts))]
+    signal = [sum(g**2 for g in means) for means in zip(*(m.mean for m in parts))]
     if bias_corrected:
-        signal -= trace / int(moments.count)
+        signal = [s - v / 16 for s, v in zip(signal, variance)]
+    ratios = [s / v for s, v in zip(signal, variance)]
+    signal, trace = (sum(v.sum() for v in values) for values in (signal, variance))
+    signs = [metrics.same_sign(m, bias_corrected) for m in parts]
     expected = {
         "gsnr": np.concatenate([r.ravel() for r in ratios]).mean(),
         "gsnr_median": np.median(np.concatenate([r.ravel() for r in ratios])),
-        "same_sign": np.concatenate([s.ravel() for s in metrics.same_sign(moments)]).mean(),
-        "noise_scale": metrics.noise_scale(moments, bias_corrected),
+        "same_sign": np.concatenate([s.ravel() for step in signs for s in step]).mean(),
+        "noise_scale": trace / signal,
         "osgr": signal / (signal + trace / 48),
         "gap_growth": gap,
     }
@@ -120,25 +116,17 @@ def test_a_compiled_model_is_taken_over():
     assert {"loss", "mae", "gsnr"} <= set(history)
 
 
-def test_saves_and_loads(tmp_path):
-    network = mlp()
-    model = tf_gsnr.GSNRModel(
-        network, measure_every=2, per_layer=True, shown=("gsnr", "gap_growth")
-    )
-    first = fit(model, "adam", epochs=2)
+def test_what_is_saved_is_the_plain_model(tmp_path):
+    model = tf_gsnr.GSNRModel(mlp(), measure_every=2, per_layer=True)
+    fit(model, "adam", epochs=2)
     model.save(tmp_path / "model.keras")
-    network.save(tmp_path / "inner.keras")
     loaded = keras.saving.load_model(tmp_path / "model.keras")
-    assert (loaded.measure_every, loaded.per_layer, loaded.shown) == (2, True, model.shown)
-    before = model.fit(X, Y, batch_size=16, shuffle=False, verbose=0).history
-    after = loaded.fit(X, Y, batch_size=16, shuffle=False, verbose=0).history
-    for name in ("loss", "gsnr", "gap_growth"):
-        np.testing.assert_allclose(before[name], after[name], rtol=1e-5)
-    assert after["gap_growth"][0] > first["gap_growth"][-1]
-    inner = keras.saving.load_model(tmp_path / "inner.keras")
-    assert type(inner) is keras.Sequential
+    assert type(loaded) is keras.Sequential
+    assert set(fit(loaded, "adam")) == {"loss"}
+    weights = loaded.get_weights()
     model.save_weights(tmp_path / "w.weights.h5")
     loaded.load_weights(tmp_path / "w.weights.h5")
+    assert any(np.abs(a - b).max() > 0 for a, b in zip(weights, loaded.get_weights()))
 
 
 def test_mixed_precision_shows_unscaled_numbers():
@@ -169,8 +157,8 @@ def test_a_step_that_overflows_is_not_counted():
     model = tf_gsnr.GSNRModel(network)
     history = fit(model, scaled, x=1000 * X, y=1000 * Y, epochs=12, callbacks=[callback])
     assert skipped[0] and not skipped[-1]  # until the scale had come down
-    np.testing.assert_array_equal(np.isnan(history["gsnr"]), skipped)
-    assert np.isfinite(history["gap_growth"]).all()
+    np.testing.assert_array_equal(np.isnan(history["same_sign"]), skipped)
+    np.testing.assert_array_equal(np.isnan(history["gap_growth"]), skipped)
 
 
 def test_mnist_script_with_one_line_more(tfds_dir, tmp_path):
@@ -230,7 +218,7 @@ def test_refuses_arguments(arguments, message):
         tf_gsnr.GSNRModel(mlp(), **arguments)
 
 
-def test_refuses_models_and_losses():
+def test_refuses_models():
     with pytest.raises(ValueError, match="expected a keras.Model"):
         tf_gsnr.GSNRModel(keras.layers.Dense(1))
 
@@ -240,16 +228,10 @@ def test_refuses_models_and_losses():
 
     with pytest.raises(ValueError, match="train_step of its own"):
         tf_gsnr.GSNRModel(Own([keras.layers.Dense(1)]))
-    with pytest.raises(ValueError, match="needs the loss"):
-        tf_gsnr.GSNRModel(mlp()).compile("sgd")
-    with pytest.raises(ValueError, match="leave the reduction over the batch out of it"):
-        fit(tf_gsnr.GSNRModel(mlp()), loss=lambda y, p: tf.reduce_mean((y - p) ** 2))
-    with pytest.raises(ValueError, match="no one number to train on"):
-        fit(tf_gsnr.GSNRModel(mlp()), loss=keras.losses.MeanSquaredError(reduction="none"))
     frozen = mlp()
     frozen.trainable = False
     with pytest.raises(ValueError, match="no trainable variables"):
         fit(tf_gsnr.GSNRModel(frozen))
-    with pytest.raises(ValueError, match="batch_norm='frozen'|engine='layerwise'"):
+    with pytest.raises(ValueError, match="engine='layerwise'"):
         layers = [keras.Input([5]), keras.layers.BatchNormalization(), keras.layers.Dense(2)]
         fit(tf_gsnr.GSNRModel(keras.Sequential(layers), engine="vectorized"))

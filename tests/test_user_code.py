@@ -47,11 +47,11 @@ def test_the_page_runs_from_top_to_bottom(place, monkeypatch):
     bars = records.read_records(place / "runs" / "bars")
     assert [r["n"] for r in bars] == [50, 50, 100, 100]
     assert {"gsnr/small_cnn/conv/kernel", "osgr_predicted"} <= bars[0].keys()
-    assert bars[-1]["dataset"] == "my_data:load" and bars[0]["gsnr/mean"] > 0
+    assert bars[-1]["dataset"] == "my_data:load" and bars[0]["gsnr_plain/mean"] > 0
     sizes = records.read_records(place / "runs" / "sample_size")
     assert [(r["n"], r["repeat"]) for r in sizes] == [(n, r) for n in (25, 100) for r in (0, 1)]
     for r in sizes:  # E g^2 is too large by about s2 / n
-        assert r["gsnr/mean"] - r["gsnr_corrected/mean"] == pytest.approx(1 / r["n"], rel=0.2)
+        assert r["plain"] - r["corrected"] == pytest.approx(1 / r["n"], rel=0.2)
 
     # The current directory is where `python -m` looks for the experiment's module.
     done = subprocess.run(

@@ -20,6 +20,7 @@ _HOMES = {
     "gap_growth": "tf_gsnr.metrics",
     "gap_shares": "tf_gsnr.metrics",
     "summarize": "tf_gsnr.metrics",
+    "osgr": "tf_gsnr.metrics",
     "osgr_predicted": "tf_gsnr.metrics",
     "osgr_measured": "tf_gsnr.metrics",
     "GSNRModel": "tf_gsnr.training.model",

@@ -42,6 +42,14 @@ def divide(a, b, where_zero):
     return xp.where(zero, like(a, where_zero), a / xp.where(zero, like(b, 1), b))
 
 
+def choose(condition, a, b):
+    """One of two scalars; a Python number takes the dtype of the other."""
+    if not is_tensor(condition):
+        return a if condition else b
+    a, b = (v if is_tensor(v) else like(other, v) for v, other in ((a, b), (b, a)))
+    return tf.where(condition, a, b)
+
+
 def total(arrays):
     """The sum over all entries of all arrays."""
     return sum(namespace(a).sum(a) for a in wide(arrays))

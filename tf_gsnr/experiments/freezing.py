@@ -106,9 +106,9 @@ def run(configuration: dict, settings: Settings, workbench) -> Iterator[dict]:
         moments = tf.nest.map_structure(np.asarray, functions.moments(chunks))
         paths = [v.path for v in model.trainable_variables]
         second = [i for i, path in enumerate(paths) if "/output/" in path]
-        ratios = metrics.gsnr(moments)
+        ratios = metrics.gsnr(moments, bias_corrected=False)
         kernel = next(ratios[i] for i in second if paths[i].endswith("kernel"))
-        signs = metrics.same_sign(moments)
+        signs = metrics.same_sign(moments, bias_corrected=False)
         yield {
             "experiment": "freezing",
             "dataset": "toy",
@@ -116,9 +116,9 @@ def run(configuration: dict, settings: Settings, workbench) -> Iterator[dict]:
             "epoch": epoch,
             "train_loss": float(moments.loss),
             "test_loss": float(np.mean((model(test[0]).numpy() - test[1]) ** 2)),
-            "gsnr/second_layer": arrays.mean(arrays.flat([ratios[i] for i in second])),
-            "same_sign/second_layer": arrays.mean(arrays.flat([signs[i] for i in second])),
-            **{f"gsnr/feature{c:02d}": value for c, value in enumerate(kernel[:, 0])},
+            "gsnr_plain/second_layer": arrays.mean(arrays.flat([ratios[i] for i in second])),
+            "same_sign_plain/second_layer": arrays.mean(arrays.flat([signs[i] for i in second])),
+            **{f"gsnr_plain/feature{c:02d}": value for c, value in enumerate(kernel[:, 0])},
             **{f"correlation/feature{c:02d}": r for c, r in enumerate(_correlations(model, test))},
             "seconds": time.monotonic() - start,
         }

@@ -126,9 +126,11 @@ def record(rows, test_decreases, learning_rate: float) -> dict:
     if "noise_frozen" in rows[0]:
         frozen, frozen_se = metrics.ratio_of_sums(column("noise_frozen"), column("signal_frozen"))
         record |= {"osgr_predicted_frozen": 1 - frozen, "osgr_predicted_frozen_se": frozen_se}
-    taken = {"count", "loss", "osgr_predicted", "rises"}
+    taken = {"count", "loss", "osgr_predicted", "osgr_predicted_plain", "rises"}
     taken |= {"noise", "signal", "noise_frozen", "signal_frozen"}
     for name in rows[0]:
         if name not in taken and not name.startswith(("train_", "test_", "unseen_")):
-            record[name] = arrays.mean(column(name))
+            # Of corrected numbers no mean without those that cannot be told from zero.
+            mean = np.mean if name.startswith(("gsnr/", "noise_scale")) else arrays.mean
+            record[name] = float(mean(column(name)))
     return record

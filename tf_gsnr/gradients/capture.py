@@ -1,8 +1,8 @@
-"""One forward and one backward pass, and what each parametrised layer saw in them.
+"""What each parametrised layer sees in a forward pass, and the gradient at what it gives.
 
-While the pass is traced, the `call` of every layer is replaced by one that notes its arguments and
-watches its output; afterwards nothing is left on the layers. Index letters: n example, f rows that
-the model folded into one example (n f rows, examples first), i argument.
+While the pass is made, the `call` of every such layer is replaced by one that notes its arguments
+and watches its output; the pass itself is Keras's, and afterwards nothing is left on the layers.
+Index letters: n example, f rows that the model folded into one example (n f rows, examples first).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from tf_gsnr.gradients import contract, recurrent
+from tf_gsnr.gradients import contract
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,16 +29,16 @@ class Unit:
     layer: Any
     variables: tuple
     whole: bool = False
-    bare: str | None = None
+    activation: str | None = None  # the attribute of the one that is to be split off
 
 
-def units_of(model: keras.Model, whole: Sequence, bare: Callable) -> list[Unit]:
+def units_of(model: keras.Model, whole: Sequence, activation_of: Callable) -> list[Unit]:
     """The units of a model.
 
     Args:
       model: the model.
       whole: layers that are units with all that is in them.
-      bare: `layer -> ` the attribute of the activation that is to be split off, or None.
+      activation_of: `layer -> ` the attribute of the activation to be split off, or None.
     """
     wanted = {id(v) for v in model.trainable_variables}
     units = []
@@ -51,8 +51,14 @@ def units_of(model: keras.Model, whole: Sequence, bare: Callable) -> list[Unit]:
             variables = [v for v in variables if id(v) not in theirs]
         variables = tuple(v for v in variables if id(v) in wanted)
         if variables:
-            units.append(Unit(layer, variables, is_whole, None if is_whole else bare(layer)))
+            opaque = is_whole or rematerialised(layer)
+            units.append(Unit(layer, variables, is_whole, None if opaque else activation_of(layer)))
     return units
+
+
+def rematerialised(layer) -> bool:
+    """Whether Keras recomputes the layer in the backward pass, so that its inside has no tape."""
+    return getattr(layer, "_remat_mode", None) is not None
 
 
 @dataclasses.dataclass
@@ -63,11 +69,12 @@ class Call:
       unit: the layer and its variables.
       args, kwargs: what the layer was called with.
       output: nested tensors; before the activation where the layer's rule asked for that.
-      dz: gradient of the summed per-example losses at `output`, nested likewise; None for what the
-        losses do not depend on.
+      dz: gradient of the loss at `output`, nested likewise; None for what it does not depend on.
       n: number of examples; an int, or a scalar tensor where it is not known when traced.
-      fold: rows per example: x and dz have `n * fold` rows, those of an example side by side.
-      seeds: `(variable, value before the call)` of the model's random number generators.
+      fold: rows per example: x and dz have `n * fold` rows, those of an example side by side. An
+        int, or a scalar tensor where it is not known when traced.
+      state: `(variable, value before the call)` of what the call may read and assign: the layer's
+        seeds and statistics, and what a scope around gives other values.
       route: the name of the rule that was used, "fallback", or "unused".
       training: mode of the model.
     """
@@ -77,9 +84,9 @@ class Call:
     kwargs: dict
     output: Any
     n: Any
-    seeds: list
+    state: list
     dz: Any = None
-    fold: int = 1
+    fold: Any = 1
     route: str = "unused"
     training: bool = False
 
@@ -94,114 +101,168 @@ class Call:
 
     @property
     def used(self) -> bool:
-        """Whether the losses depend on the output at all."""
+        """Whether the loss depends on the output at all."""
         return any(g is not None for g in tf.nest.flatten(self.dz))
+
+    @property
+    def folded(self) -> bool:
+        """Whether an example has, or may have, other than one row."""
+        return not (isinstance(self.fold, int) and self.fold == 1)
 
 
 @dataclasses.dataclass
 class Pass:
-    """What one forward and backward pass found: see `Call` and `contract.Measured`."""
+    """What was seen of a forward pass.
 
-    calls: list
-    losses: Any
-    predictions: Any
-    updates: list
-    unobservable: list
+    Attributes:
+      calls: of the units, in order.
+      outputs: `(layer, output)` of every layer without layers inside, in order; if asked for.
+      hidden: layers that were called where they cannot be observed: in a loop, a branch or a
+        function of the graph.
+    """
+
+    calls: list = dataclasses.field(default_factory=list)
+    outputs: list = dataclasses.field(default_factory=list)
+    hidden: list = dataclasses.field(default_factory=list)
+
+    def watched(self) -> list:
+        """All differentiable outputs of the calls."""
+        return [z for call in self.calls for z in tf.nest.flatten(call.output) if _is_real(z)]
+
+    def set_gradients(self, gradients: Sequence):
+        """Puts the gradients at `watched()` into the calls."""
+        found = {id(z): g for z, g in zip(self.watched(), gradients)}
+
+        def of(z):
+            gradient = found.get(id(z))
+            return None if gradient is None else tf.convert_to_tensor(gradient)
+
+        for call in self.calls:
+            call.dz = tf.nest.map_structure(of, call.output)
 
 
-def run(
-    model: keras.Model,
-    units: Sequence[Unit],
-    loss_of: Callable,
-    x: Any,
-    *,
-    seeds: Sequence,
-    training: bool,
-) -> Pass:
-    """Runs the model once forwards and once backwards to the outputs of its units.
+@contextlib.contextmanager
+def watching(model, units: Sequence[Unit], tape, n, *, training: bool, all_outputs: bool = False):
+    """While this is open, calls of the units' layers are noted in the `Pass` that it hands out.
 
     Args:
-      model: the model.
-      units: what `units_of` returns.
-      loss_of: `predictions -> (losses [n], what to differentiate [n])`.
-      x: the model's input.
-      seeds: a value per `contract.seed_variables(model)`.
-      training: mode of the layers.
+      tape: the open `tf.GradientTape` that is to differentiate to the layers' outputs.
+      n: the number of examples.
+      training: mode of the model.
+      all_outputs: whether `Pass.outputs` is wanted.
     """
-    generators = contract.seed_variables(model)
-    # Of all variables: a scope around this one may give them other values.
-    state = [(v, tf.convert_to_tensor(v.value)) for v in model.variables]
-    state += list(zip(generators, seeds))
-    with tf.GradientTape(watch_accessed_variables=False) as tape:
-        with keras.StatelessScope(state_mapping=state) as scope:
-            recorder = _Recorder(tape, scope, generators, batch_size(x), training)
-            with contract.replaced_calls([(u.layer, recorder.wrap(u)) for u in units]):
-                predictions = model(x, training=training)
-            state = [(v, scope.get_current_value(v)) for v in model.non_trainable_variables]
-        losses, target = loss_of(predictions)
-    outputs = [z for call in recorder.calls for z in tf.nest.flatten(call.output)]
-    differentiable = [z for z in outputs if z.dtype.is_floating]
-    gradients = dict(zip(map(id, differentiable), tape.gradient(target, differentiable)))
-    for call in recorder.calls:
-        call.training = training
-        call.dz = tf.nest.map_structure(lambda z: _dense(gradients.get(id(z))), call.output)
-    updates = [tf.convert_to_tensor(v.value if new is None else new) for v, new in state]
-    return Pass(recorder.calls, losses, predictions, updates, recorder.unobservable)
+    watcher = _Watcher(tape, n, training)
+    replacements = []
+    for unit in units:
+        if rematerialised(unit.layer):
+            replacements.append((unit.layer, "rematerialized_call", watcher.around(unit)))
+        else:
+            replacements.append((unit.layer, "call", watcher.call(unit, unit.layer.call)))
+    if all_outputs:
+        taken = {id(unit.layer) for unit in units}
+        for layer in contract.sublayers(model):
+            if layer is not model and not layer._layers and id(layer) not in taken:
+                replacements.append((layer, "call", watcher.output(layer)))
+    with contract.replaced(replacements):
+        yield watcher.found
+
+
+class _Watcher:
+    """Makes the calls that take the place of the layers' own."""
+
+    def __init__(self, tape, n, training):
+        self.tape, self.n, self.training = tape, n, training
+        self.found = Pass()
+        self.inside_whole = False
+        self.graph = _graph()
+        self.held = {}  # tensors that others hold, too, by id
+
+    def call(self, unit, call):
+        def recorded(*args, **kwargs):
+            if self.inside_whole:
+                return call(*args, **kwargs)
+            if _graph() is not self.graph:
+                self.found.hidden.append(unit.layer)
+                return call(*args, **kwargs)
+            self._hold((args, kwargs))
+            layer = unit.layer
+            state = [(v, tf.convert_to_tensor(v.value)) for v in layer.non_trainable_variables]
+            state += contract.values_given(layer.trainable_variables)
+            self.inside_whole = unit.whole
+            try:
+                with without_activation(unit.layer, unit.activation) as activation:
+                    output = call(*args, **kwargs)
+            finally:
+                self.inside_whole = False
+            output = tf.nest.map_structure(self._watch, output)
+            self.found.calls.append(
+                Call(unit, args, kwargs, output, self.n, state, training=self.training)
+            )
+            if activation is not None:
+                output = activation(output)
+            self._note(unit.layer, output)
+            return output
+
+        return recorded
+
+    def around(self, unit):
+        """For a layer that Keras recomputes: watched around the recomputation, not inside of it."""
+        original = unit.layer.rematerialized_call
+
+        def rematerialized_call(layer_call, *args, **kwargs):
+            return self.call(unit, original(layer_call, *args, **kwargs))
+
+        return rematerialized_call
+
+    def output(self, layer):
+        call = layer.call
+
+        def noted(*args, **kwargs):
+            self._hold((args, kwargs))
+            output = call(*args, **kwargs)
+            if _graph() is self.graph and not self.inside_whole:
+                output = tf.nest.map_structure(self._watch, output)
+                self._note(layer, output)
+            return output
+
+        return noted
+
+    def _note(self, layer, output):
+        self.found.outputs += [(layer, z) for z in tf.nest.flatten(output) if _is_real(z)]
+
+    def _hold(self, values):
+        for v in tf.nest.flatten(values):
+            if _is_real(v):
+                self.held[id(v)] = v
+
+    def _watch(self, output):
+        """The output as a tensor of its own: a layer may hand out one that others hold too."""
+        if not _is_real(output):
+            return output
+        if id(output) in self.held:
+            mask = getattr(output, "_keras_mask", None)
+            output = tf.identity(output)
+            if mask is not None:
+                output._keras_mask = mask
+        self.held[id(output)] = output
+        self.tape.watch(output)
+        return output
 
 
 def batch_size(x):
     """The number of examples: an int where it is known when traced, else a scalar tensor."""
-    first = tf.nest.flatten(x)[0]
-    return first.shape[0] if first.shape[0] is not None else tf.shape(first)[0]
+    first = next(v for v in tf.nest.flatten(x) if v is not None)
+    if first.shape.rank and first.shape[0] is not None:
+        return first.shape[0]
+    if isinstance(first, tf.SparseTensor):
+        return tf.cast(first.dense_shape[0], tf.int32)
+    if isinstance(first, tf.RaggedTensor):
+        return tf.cast(first.nrows(), tf.int32)
+    return tf.shape(first)[0]
 
 
-def _dense(gradient):
-    return None if gradient is None else tf.convert_to_tensor(gradient)
-
-
-class _Recorder:
-    """Makes the calls that take the place of the layers' own while the model is traced."""
-
-    def __init__(self, tape, scope, generators, n, training):
-        self.training = training
-        self.tape, self.scope, self.generators, self.n = tape, scope, generators, n
-        self.calls = []
-        self.unobservable = []  # layers that were called inside a loop or branch of the graph
-        self.in_whole = False
-        self.graph = _graph()
-
-    def wrap(self, unit):
-        call = unit.layer.call
-
-        def recorded(*args, **kwargs):
-            if self.in_whole:
-                return call(*args, **kwargs)
-            if _graph() is not self.graph:
-                self.unobservable.append(unit.layer)
-                return call(*args, **kwargs)
-            if unit.whole and recurrent.can_unroll(unit.layer, args[0], self.training):
-                with recurrent.unrolled(unit.layer):
-                    return call(*args, **kwargs)  # its cells are units of their own
-            seeds = [(v, self.scope.get_current_value(v)) for v in self.generators]
-            self.in_whole = unit.whole
-            try:
-                with without_activation(unit.layer, unit.bare) as activation:
-                    output = call(*args, **kwargs)
-            finally:
-                self.in_whole = False
-            output = tf.nest.map_structure(self.watch, output)
-            self.calls.append(Call(unit, args, kwargs, output, self.n, seeds))
-            return output if activation is None else activation(output)
-
-        return recorded
-
-    def watch(self, output):
-        """The output as a tensor of its own: a layer may hand out one that others hold too."""
-        if not tf.is_tensor(output) or not output.dtype.is_floating:
-            return output
-        output = tf.identity(output)
-        self.tape.watch(output)
-        return output
+def _is_real(value):
+    return isinstance(value, tf.Tensor) and value.dtype.is_floating
 
 
 def _graph():
@@ -215,8 +276,5 @@ def without_activation(layer, attribute: str | None):
     if activation is None or activation is keras.activations.linear:
         yield None
         return
-    object.__setattr__(layer, attribute, keras.activations.linear)
-    try:
+    with contract.replaced([(layer, attribute, keras.activations.linear)]):
         yield activation
-    finally:
-        object.__setattr__(layer, attribute, activation)

@@ -1,6 +1,7 @@
 """What every engine takes, gives and leaves alone.
 
-An engine is `build(model, loss_fn, *, sign_counts, training, batch_norm) -> measure`, and
+An engine is `build(model, loss, *, sign_counts, training, batch_norm, contributions, wide) ->
+measure` with a loss of `losses.of_batch`, and
 
     measure(x, y, sample_weight=None, valid=None, seeds=None) -> Measured
 
@@ -11,8 +12,9 @@ may be called in a graph, on a batch of examples whose number is fixed by the sh
   seeds: a value per variable of `seed_variables(model)`; None for their current values.
 
 g[n] is the gradient of example n's own loss: never divided by the batch size, times its sample
-weight, without weight penalties. The model is left as it was found: every variable is read through
-a `keras.StatelessScope`, so that what a layer assigns (a seed, a moving average) stays in it.
+weight, without weight penalties. The model is left as it was found: the pass is made in a
+`keras.StatelessScope`, so that what a layer assigns (a seed, a moving average) stays in it; the
+variables that it reads are the real ones.
 """
 
 from __future__ import annotations
@@ -34,15 +36,10 @@ class Measured(NamedTuple):
     Attributes:
       losses: `[batch]`, each example's own loss.
       moments: of the valid examples' gradients, in the order of `model.trainable_variables`.
-      predictions: the model's outputs for the batch.
-      updates: the values that the forward pass assigned, in the order of
-        `model.non_trainable_variables`; a training step may apply them.
     """
 
     losses: Any
     moments: Moments
-    predictions: Any
-    updates: list
 
 
 def check_model(model):
@@ -107,23 +104,29 @@ def batch_norm_layers(model) -> list:
 
 
 @contextlib.contextmanager
-def replaced_calls(replacements):
-    """While this is open, `layer.call` is `replacement` for each `(layer, replacement)`.
+def replaced(replacements):
+    """While this is open, the attribute is `value` for each `(layer, attribute, value)`.
 
     Nothing is left behind on the layers, whatever fails in between.
     """
+    missing = object()
     before = []
     try:
-        for layer, call in replacements:
-            before.append((layer, vars(layer).get("call")))
-            object.__setattr__(layer, "call", call)
+        for layer, name, value in replacements:
+            before.append((layer, name, vars(layer).get(name, missing)))
+            object.__setattr__(layer, name, value)
         yield
     finally:
-        for layer, call in before:
-            if call is None:
-                object.__delattr__(layer, "call")
+        for layer, name, value in reversed(before):
+            if value is missing:
+                object.__delattr__(layer, name)
             else:  # replaced by someone else before
-                object.__setattr__(layer, "call", call)
+                object.__setattr__(layer, name, value)
+
+
+def replaced_calls(replacements):
+    """`replaced` for the `call` of each `(layer, call)`."""
+    return replaced([(layer, "call", call) for layer, call in replacements])
 
 
 def frozen_batch_norm(model):
@@ -136,3 +139,13 @@ def frozen_batch_norm(model):
         return inference
 
     return replaced_calls([(layer, frozen(layer.call)) for layer in batch_norm_layers(model)])
+
+
+def values_given(variables) -> list:
+    """`(variable, value)` of those that a scope around this gives another value than their own.
+
+    All others are left to be read as the real variables that they are: only so have what
+    `tf.recompute_grad`, `tf.custom_gradient` and `tf.function` read gradients.
+    """
+    given = [(v, v.value) for v in variables]
+    return [(v, value) for v, value in given if not hasattr(value, "assign")]

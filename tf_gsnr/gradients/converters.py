@@ -214,6 +214,32 @@ def _bias_gradient(node):
     return _pfor.wrap(tf.reduce_sum(dz, axes), True)
 
 
+def _matrix_product(node):
+    """A batched product of which one factor is the same for all, with that as one matrix.
+
+    TensorFlow's own converter has it broadcast along two axes, which in TensorFlow 2.21 with oneDNN
+    writes past the end of its memory (`tf.matmul` of [6, 1, 5, 4] and [4, 9] alone does).
+    """
+    node.expanddim_inputs_for_broadcast()
+    x, y = node.input(0)[0], node.input(1)[0]
+    turned = dict(transpose_a=node.get_attr("adj_x"), transpose_b=node.get_attr("adj_y"))
+    if x.dtype.is_complex or None in (x.shape.rank, y.shape.rank):
+        turned = dict(adjoint_a=turned["transpose_a"], adjoint_b=turned["transpose_b"])
+    elif x.shape.rank > 3 and _is_one_matrix(y):
+        lead, y = tf.shape(x)[:-2], tf.reshape(y, tf.shape(y)[-2:])
+        out = tf.matmul(tf.reshape(x, tf.concat([[-1], tf.shape(x)[-2:]], 0)), y, **turned)
+        return _pfor.wrap(tf.reshape(out, tf.concat([lead, tf.shape(out)[1:]], 0)), True)
+    elif y.shape.rank > 3 and _is_one_matrix(x):
+        lead, x = tf.shape(y)[:-2], tf.reshape(x, tf.shape(x)[-2:])
+        out = tf.matmul(x, tf.reshape(y, tf.concat([[-1], tf.shape(y)[-2:]], 0)), **turned)
+        return _pfor.wrap(tf.reshape(out, tf.concat([lead, tf.shape(out)[1:]], 0)), True)
+    return _pfor.wrap(tf.matmul(x, y, **turned), True)
+
+
+def _is_one_matrix(v):
+    return all(size == 1 for size in v.shape[:-2])
+
+
 def _random(node):
     """A stateless random op: one draw for the whole batch, from the key that all examples share.
 
@@ -251,6 +277,8 @@ _CONVERTERS = {
     "DepthwiseConv2dNativeBackpropInput": _batched(
         "DepthwiseConv2dNativeBackpropInput", [2], sizes=0
     ),
+    "BatchMatMulV2": _matrix_product,
+    "BatchMatMulV3": _matrix_product,
     "BiasAdd": _bias,
     "BiasAddGrad": _bias_gradient,
     "Conv2D": _channels_last("Conv2D", [0]),

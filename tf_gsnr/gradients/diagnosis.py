@@ -11,8 +11,15 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from tf_gsnr.gradients import capture, contract, layerwise, rules, vectorized
-from tf_gsnr.gradients.losses import per_example_loss
+from tf_gsnr.gradients import (
+    capture,
+    contract,
+    examples,
+    layerwise,
+    losses,
+    rules,
+    vectorized,
+)
 
 
 class Table(list):
@@ -36,9 +43,9 @@ def explain(model: keras.Model) -> Table:
 
     Returns:
       A table of dicts, a row per layer: `layer` (its path), `class`, `parameters` (trainable ones
-      of its own), `route`: the name of a rule; "fallback", the layer's vector-Jacobian product for
-      each example; or "fallback (whole)" for a layer together with all that is in it. A rule may
-      still pass a call on to the fallback, for instance a Dense layer with LoRA.
+      of its own), `route`: the name of a rule; "recurrent"; "fallback", the layer's vector-Jacobian
+      product for each example; or "fallback (whole)" for a layer together with all that is in it. A
+      rule may still pass a call on to the fallback, for instance a Dense layer with LoRA.
 
     Raises:
       ValueError: the model is not built or has no trainable variables.
@@ -56,6 +63,8 @@ def explain(model: keras.Model) -> Table:
     for unit in _units(model):
         rule = None if unit.whole else rules.rule_of(unit.layer)
         route = rule.function.__name__ if rule else "fallback (whole)" if unit.whole else "fallback"
+        if isinstance(unit.layer, keras.layers.RNN):
+            route = "recurrent"
         table.append(
             {
                 "layer": unit.layer.path or unit.layer.name,
@@ -111,13 +120,12 @@ def check_engine(
     True
     """
     contract.check_model(model)
-    loss_fn = per_example_loss(loss, model)
-    x, y, sample_weight = tf.nest.map_structure(
-        lambda v: None if v is None else tf.convert_to_tensor(v), (x, y, sample_weight)
-    )
+    of_batch = losses.of_batch(model, loss)
+    data = examples.collect(x, y, sample_weight)
+    x, y, sample_weight, _ = next(iter(examples.micro_batches(*data, examples.count(data))))
     options = dict(training=training, batch_norm=batch_norm)
     ours, theirs = (
-        tf.function(engine.build(model, loss_fn, **options), autograph=False)(
+        tf.function(engine.build(model, of_batch, **options), autograph=False)(
             x, y, sample_weight
         ).moments.numpy()
         for engine in (layerwise, vectorized)

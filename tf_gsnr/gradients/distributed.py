@@ -57,7 +57,7 @@ def replicated(strategy, step):
     return on_all
 
 
-def stream(strategy, step, state, seed, batches):
+def stream(strategy, step, state, seed, batches, start=0):
     """The state after all micro-batches, of which each replica has measured its share.
 
     Replica r takes the micro-batches r, r + R, ... of all; the last round is filled up with
@@ -69,6 +69,7 @@ def stream(strategy, step, state, seed, batches):
       state: `(moments, bad)` of no examples.
       seed: integer tensor or None.
       batches: micro-batches `(x, y, sample_weight, valid)`, the same in every process.
+      start: the number of the first of them.
 
     Returns:
       `(moments, bad)` of all examples; the same in every process.
@@ -85,13 +86,13 @@ def stream(strategy, step, state, seed, batches):
     replicas = strategy.num_replicas_in_sync
     state = spread([state] * replicas)
     batches = iter(batches)
-    for start in itertools.count(0, replicas):
+    for first in itertools.count(start, replicas):
         round_ = list(itertools.islice(batches, replicas))
         if not round_:
             break
         *last, valid = round_[-1]
         round_ += [(*last, tf.zeros_like(valid))] * (replicas - len(round_))
-        indices = [tf.constant(start + r, tf.int64) for r in range(replicas)]
+        indices = [tf.constant(first + r, tf.int64) for r in range(replicas)]
         state = step(*state, spread(indices), seed, *spread(round_))
     return _gathered(strategy, state)
 

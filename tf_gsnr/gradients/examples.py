@@ -1,14 +1,23 @@
-"""The examples that are measured: cut into micro-batches of one shape, and refused by name.
+"""Data of any kind that `fit` takes -> micro-batches of few shapes; the rest refused by name.
 
+"Nested data" are dicts, lists and tuples of arrays with a leading axis of examples: numpy arrays,
+`tf.Tensor`, `tf.SparseTensor`, `tf.RaggedTensor`, scipy.sparse matrices, pandas frames, whatever
+has `__array__`; None stands for an optional input that is not given. Sparse and ragged stay so.
 Index letters: n example.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import inspect
+import types
+from collections.abc import Callable, Iterable
+from typing import Any
 
+import keras
 import numpy as np
 import tensorflow as tf
+
+from tf_gsnr.gradients import contract
 
 
 def check_batch_size(batch_size):
@@ -36,84 +45,353 @@ def stack_chunks(x, y, batch_size: int):
     )
 
 
-def micro_batches(x, y, sample_weight, batch_size: int, fill: bool = True) -> Iterable:
-    """Micro-batches `(x, y, sample_weight, valid)` of tensors.
+def micro_batches(
+    x, y, sample_weight, batch_size: int, fill: bool = True, size: int | None = None
+) -> Iterable:
+    """Micro-batches `(x, y, sample_weight, valid)` of tensors, nested as the data are.
+
+    A dataset whose examples all have one shape is batched anew. One whose batches have several
+    lengths keeps its batches, and they are cut where they are larger than a micro-batch, so that
+    the shapes of micro-batches differ in length only.
 
     Args:
-      x, y, sample_weight: as `gradient_moments` takes them.
-      batch_size: examples a micro-batch.
-      fill: whether the ragged end is filled up to that many, with copies that are not valid.
+      x: nested data; or a `tf.data.Dataset`, `keras.utils.PyDataset` or Python generator of
+        batches `x`, `(x,)`, `(x, y)` or `(x, y, sample_weight)` that has an end. Whether a
+        generator, or a dataset of unknown cardinality, has one cannot be known: it is awaited.
+      y, sample_weight: nested data, or None. As in `fit`, the floating-point numbers of x, y and
+        sample_weight come as `keras.config.floatx()`, and those of datasets as they are.
+      batch_size: the most examples of a micro-batch.
+      fill: whether each is filled up to one size, with copies of the last row that are not valid.
+      size: that size; default: of the first one.
 
     Raises:
-      ValueError: data that do not fit together, have no end, or hold no example.
+      ValueError: data that do not fit together, have no end, no axis of examples or no example.
     """
-    if isinstance(x, tf.data.Dataset):
-        if y is not None or sample_weight is not None:
-            raise ValueError("x is a tf.data.Dataset: y and sample_weight come with it, pass None")
-        if x.cardinality() == tf.data.INFINITE_CARDINALITY:
-            raise ValueError("x is an infinite tf.data.Dataset: cut it with .take(batches)")
-        if not isinstance(x.element_spec, tuple) or len(x.element_spec) not in (2, 3):
-            raise ValueError(
-                "x is a tf.data.Dataset: expected elements (x, y) or (x, y, sample_weight), got "
-                f"{x.element_spec}"
-            )
-        rows = (tuple(element) for element in x.rebatch(batch_size))
-        size = batch_size
-    else:
-        x, y, sample_weight = (
-            _arrays("x", x),
-            _arrays("y", y),
-            _arrays("sample_weight", sample_weight),
-        )
-        if y is None:
-            raise ValueError(
-                "y=None: expected the targets of x (only a tf.data.Dataset has its own)"
-            )
-        lengths = {len(v) for v in tf.nest.flatten((x, y, sample_weight)) if v is not None}
-        if len(lengths) != 1:
-            raise ValueError(
-                "x, y and sample_weight differ in their number of examples: "
-                f"{sorted(lengths)}; expected one length"
-            )
-        n = lengths.pop()
-        size = min(batch_size, n)
-        data = (x, y, sample_weight)
-        rows = (_take(data, slice(i, i + size)) for i in range(0, n, max(size, 1)))
+    check_batch_size(batch_size)
+    dtype = None if is_stream(x) else keras.config.floatx()
+    return _cut(_batches(x, y, sample_weight, batch_size), batch_size, fill, size, dtype)
+
+
+def is_stream(x) -> bool:
+    """Whether `x` gives batches that hold their own targets."""
+    return isinstance(x, (tf.data.Dataset, keras.utils.PyDataset, types.GeneratorType))
+
+
+def _cut(batches, batch_size, fill, size, dtype):
     empty = True
-    for x_rows, y_rows, *weight in rows:
+    for batch in batches:
+        n = count(batch)
+        if n == 0:
+            continue
         empty = False
-        batch = (x_rows, y_rows, weight[0] if weight else None)
-        n = len(tf.nest.flatten(y_rows)[0])
-        valid = tf.constant(np.arange(size if fill else n) < n)
-        if fill and n < size:
-            batch = _take(batch, np.minimum(np.arange(size), n - 1))
-        yield (*_take(batch, slice(None)), valid)
+        size = size or min(batch_size, n)
+        step = size if fill else batch_size
+        take = _takers(batch)
+        for start in range(0, n, step):
+            stop = min(start + step, n)
+            taken = slice(start, stop)
+            end = start + size if fill else stop
+            if stop < end:
+                taken = np.minimum(np.arange(start, end), n - 1)
+            valid = tf.constant(np.arange(start, end) < n)
+            yield (*(_cast(part, dtype) for part in _apply(take, taken)), valid)
     if empty:
         raise ValueError("x has no examples; expected at least one")
 
 
-def _take(data, rows):
-    """Nested tensors of some rows (a slice or indices) of nested arrays; None stays None."""
+def _batches(x, y, sample_weight, batch_size):
+    """Batches `(x, y, sample_weight)` of any size, checked; arrays are a single one."""
+    if not is_stream(x):
+        return [_checked(x, y, sample_weight)]
+    if y is not None or sample_weight is not None:
+        raise ValueError(f"x is a {_kind(x)}: y and sample_weight come with it, pass None")
+    if isinstance(x, tf.data.Dataset):
+        if x.cardinality() == tf.data.INFINITE_CARDINALITY:
+            raise ValueError("x is an infinite tf.data.Dataset: cut it with .take(batches)")
+        elements = x.rebatch(batch_size) if _have_one_shape(x.element_spec) else x
+    elif isinstance(x, keras.utils.PyDataset):
+        if x.num_batches is None:
+            raise ValueError("x is an infinite keras.utils.PyDataset: expected num_batches")
+        elements = (x[i] for i in range(x.num_batches))
+    else:
+        if inspect.getgeneratorstate(x) != inspect.GEN_CREATED:
+            raise ValueError(
+                "x is a generator that was read from before, and what it gave is gone: make a new "
+                "one, or pass arrays, a Dataset or a PyDataset where data are read several times"
+            )
+        elements = x
+    return (_checked(*_unpacked(x, element), " of a batch", _UNBATCHED) for element in elements)
 
-    def take(v):
-        if v is None:
-            return v
-        return tf.convert_to_tensor(v[rows]) if isinstance(rows, slice) else tf.gather(v, rows)
 
-    return tf.nest.map_structure(take, data)
+_UNBATCHED = "; expected batches of examples: batch it, by `.batch(batch_size)`"
 
 
-def _arrays(name, value):
-    """Nested arrays as they are, lists of numbers as arrays."""
+def _kind(x):
+    kinds = (tf.data.Dataset, "tf.data.Dataset"), (keras.utils.PyDataset, "keras.utils.PyDataset")
+    return next((name for kind, name in kinds if isinstance(x, kind)), "generator")
+
+
+def _unpacked(x, element):
+    """`(x, y, sample_weight)` of what a stream gives."""
+    nested = isinstance(element, (tuple, list, dict))
+    if not nested and not isinstance(x, tf.data.Dataset):  # as Keras has it
+        _refuse_element(_kind(x), type(element).__name__)
+    if isinstance(element, (tuple, list)) and not 1 <= len(element) <= 3:
+        _refuse_element(_kind(x), f"{len(element)} entries")
+    optional = tf.experimental.Optional  # how Keras's own datasets say None
+    return keras.utils.unpack_x_y_sample_weight(
+        tf.nest.map_structure(lambda v: None if isinstance(v, optional) else v, element)
+    )
+
+
+def _refuse_element(kind, found):
+    raise ValueError(
+        f"x is a {kind}: expected elements (x,), (x, y) or (x, y, sample_weight), got {found}"
+    )
+
+
+def _have_one_shape(spec) -> bool:
+    """Whether all examples of a dataset have one shape, dense; checks what is known of them."""
+    if isinstance(spec, tuple) and not 1 <= len(spec) <= 3:
+        _refuse_element("tf.data.Dataset", spec)
+    nothing = type(tf.type_spec_from_value(None))
+    given = [leaf for leaf in tf.nest.flatten(spec) if not isinstance(leaf, nothing)]
+    leaves = [leaf for leaf in given if not isinstance(leaf, tf.OptionalSpec)]
+    for leaf in leaves:
+        if not isinstance(leaf, (tf.TensorSpec, tf.SparseTensorSpec, tf.RaggedTensorSpec)):
+            _refuse_element("tf.data.Dataset", leaf)
+        if leaf.shape.rank == 0:
+            raise ValueError(f"x is a tf.data.Dataset with scalars in its elements{_UNBATCHED}")
+    lengths = [leaf.shape[0] for leaf in leaves if leaf.shape.rank is not None]
+    _check_lengths({n for n in lengths if n is not None}, " of a batch", _UNBATCHED)
+    return all(
+        isinstance(leaf, tf.TensorSpec)
+        and leaf.shape.rank is not None
+        and leaf.shape[1:].is_fully_defined()
+        for leaf in given
+    )
+
+
+def _checked(x, y, sample_weight, where="", hint=""):
+    """Nested arrays and tensors of one length; raises ValueError for what is none."""
+    batch = tuple(
+        _arrays(name, value, hint)
+        for name, value in (("x", x), ("y", y), ("sample_weight", sample_weight))
+    )
+    leaves = [v for v in tf.nest.flatten(batch) if v is not None]
+    if all(v is None for v in tf.nest.flatten(batch[0])):
+        raise ValueError(f"x={x!r}: expected examples, a fixed set of arrays or a tf.data.Dataset")
+    if y is None and sample_weight is not None:
+        raise ValueError("sample_weight with y=None: expected the targets whose losses it weights")
+    _check_lengths({int(_length(v)) for v in leaves}, where, hint)
+    return batch
+
+
+def _check_lengths(lengths, where, hint):
+    if len(lengths) > 1:
+        raise ValueError(
+            f"x, y and sample_weight{where} differ in their number of examples: {sorted(lengths)}; "
+            f"expected one length{hint}"
+        )
+
+
+def _arrays(name, value, hint=""):
+    """Nested arrays and tensors of nested data; raises ValueError for what Keras does not take."""
 
     def array(v):
-        if tf.is_tensor(v) or isinstance(v, np.ndarray) or hasattr(v, "__array__"):
-            if len(v.shape) == 0:
-                raise ValueError(f"{name} is a scalar; expected a leading axis of examples")
-            return v
-        raise ValueError(f"{name}: expected arrays or tensors, got {type(v).__name__}")
+        if v is None:
+            return None
+        v = _array(name, v)
+        if len(v.shape) == 0:
+            raise ValueError(f"{name} is a scalar; expected a leading axis of examples{hint}")
+        return v
 
-    return None if value is None else tf.nest.map_structure(array, value)
+    return tf.nest.map_structure(array, value)
+
+
+def _array(name, v):
+    if tf.is_tensor(v):  # sparse and ragged ones are, too
+        return v
+    if hasattr(v, "tocoo"):  # scipy.sparse
+        entries = v.tocsr().tocoo()
+        indices = np.stack([entries.row, entries.col], 1).astype("int64")
+        return tf.sparse.reorder(tf.SparseTensor(indices, entries.data, entries.shape))
+    if hasattr(v, "iloc"):  # pandas; Keras makes a series a column
+        v = v.to_numpy() if v.ndim == 2 else v.to_numpy()[:, np.newaxis]
+    if not hasattr(v, "__array__"):
+        raise ValueError(
+            f"{name}: expected arrays or tensors, got {type(v).__name__}. A list is a list of "
+            f"inputs or outputs: make numbers or strings an array, np.array({name}); of a data "
+            "loader pass a generator, (batch for batch in loader)"
+        )
+    v = np.asarray(v)
+    try:
+        tf.as_dtype(v.dtype)
+        return tf.convert_to_tensor(v) if v.dtype == object else v
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"{name}: an array of dtype {v.dtype} is no tensor ({error}); expected numbers or "
+            "strings, all rows of one shape (tf.ragged.constant takes rows of several)"
+        ) from error
+
+
+def _cast(data, dtype):
+    """Nested tensors whose floating-point numbers are of this dtype; None leaves them."""
+
+    def cast(v):
+        return v if v is None or dtype is None or not v.dtype.is_floating else tf.cast(v, dtype)
+
+    return tf.nest.map_structure(cast, data)
+
+
+def count(data) -> Any:
+    """The number of rows of nested data, of the first that is not None.
+
+    An int where it is known, a scalar tensor in a graph where it is not.
+
+    Raises:
+      ValueError: there is nothing but None.
+    """
+    for leaf in tf.nest.flatten(data):
+        if isinstance(leaf, Batches):
+            return sum(map(count, leaf.batches))
+        if leaf is not None:
+            return _length(leaf)
+    raise ValueError(f"{data!r}: expected arrays, one of them not None")
+
+
+def _length(v):
+    n = v.shape[0]
+    if n is not None:
+        return n
+    if isinstance(v, tf.RaggedTensor):
+        n = v.nrows()
+    else:
+        n = v.dense_shape[0] if isinstance(v, tf.SparseTensor) else tf.shape(v)[0]
+    return n if isinstance(n, int) or not tf.executing_eagerly() else int(n)
+
+
+def rows(data, taken) -> Any:
+    """Nested tensors of some rows of nested data, eagerly or in a graph; None stays None.
+
+    Args:
+      taken: a slice, or integers `[rows]`.
+    """
+    arrays = tf.nest.map_structure(lambda v: None if v is None else _array("data", v), data)
+    return _apply(_takers(arrays), np.asarray(taken) if isinstance(taken, list) else taken)
+
+
+def _apply(takers, taken):
+    return tf.nest.map_structure(lambda take: take(taken), takers)
+
+
+def _takers(data):
+    """Nested functions `slice or indices -> tensor`: what they need of the data they ask once."""
+    return tf.nest.map_structure(_taker, data)
+
+
+def _taker(v) -> Callable:
+    if v is None:
+        return lambda taken: None
+    if isinstance(v, tf.SparseTensor):
+        return _sparse_taker(v)
+    if isinstance(v, tf.RaggedTensor):
+        return lambda taken: v[taken] if isinstance(taken, slice) else _ragged_rows(v, taken)
+    if tf.is_tensor(v):
+        return lambda taken: v[taken] if isinstance(taken, slice) else tf.gather(v, taken)
+    return lambda taken: tf.gather(v, taken) if tf.is_tensor(taken) else tf.constant(v[taken])
+
+
+def _ragged_rows(v, taken):
+    """Rows of a `RaggedTensor`; unlike `tf.gather` it keeps lengths that are known to be equal."""
+    if not isinstance(v, tf.RaggedTensor):
+        return tf.gather(v, taken)
+    places = _places(v.row_splits, taken)
+    values = _ragged_rows(v.values, places.flat_values)
+    if v.uniform_row_length is not None:
+        n = tf.cast(count(taken), v.row_splits.dtype)
+        return tf.RaggedTensor.from_uniform_row_length(
+            values, v.uniform_row_length, nrows=n, validate=False
+        )
+    return tf.RaggedTensor.from_row_splits(values, places.row_splits, validate=False)
+
+
+def _places(splits, taken):
+    """Where the values of these rows are, `[rows, (values)]`."""
+    taken = tf.cast(taken, splits.dtype)
+    return tf.ragged.range(
+        tf.gather(splits, taken), tf.gather(splits, taken + 1), row_splits_dtype=splits.dtype
+    )
+
+
+def _sparse_taker(v):
+    v = tf.sparse.reorder(v)
+    n = _length(v)
+    splits = tf.searchsorted(v.indices[:, 0], tf.range(tf.cast(n, tf.int64) + 1))
+    splits = tf.cast(splits, tf.int64)
+
+    def take(taken):
+        if isinstance(taken, slice):
+            taken = tf.range(n)[taken]
+        places = _places(splits, taken)
+        others = tf.gather(v.indices, places.flat_values)[:, 1:]
+        return tf.SparseTensor(
+            tf.concat([places.value_rowids()[:, tf.newaxis], others], 1),
+            tf.gather(v.values, places.flat_values),
+            tf.concat([[tf.cast(count(taken), tf.int64)], v.dense_shape[1:]], 0),
+        )
+
+    return take
+
+
+class Batches(keras.utils.PyDataset):
+    """Batches `(x, y, sample_weight)` that are kept, to be read again."""
+
+    def __init__(self, batches: list):
+        super().__init__()
+        self.batches = batches
+
+    def __len__(self):
+        return len(self.batches)
+
+    def __getitem__(self, index):
+        return self.batches[index]
+
+
+def collect(x, y=None, sample_weight=None) -> tuple:
+    """`(x, y, sample_weight)` that are always the same: a dataset is read once, and kept.
+
+    Returns:
+      Nested arrays and tensors; or `(Batches, None, None)` of a dataset or generator.
+
+    Raises:
+      ValueError: as `micro_batches`.
+    """
+    batches = [b for b in _batches(x, y, sample_weight, _ALL) if count(b)]
+    if not batches:
+        raise ValueError("x has no examples; expected at least one")
+    return (Batches(batches), None, None) if is_stream(x) else batches[0]
+
+
+_ALL = 2**31 - 1
+
+
+def fixed_batch_size(model: keras.Model) -> int | None:
+    """The only batch size that the model takes, by its inputs or a stateful layer; None for any.
+
+    Raises:
+      ValueError: its inputs name several.
+    """
+    shapes = [v.shape for v in getattr(model, "inputs", None) or []]
+    for layer in contract.sublayers(model):
+        if getattr(layer, "stateful", False):
+            shapes += [v.shape for v in tf.nest.flatten(getattr(layer, "states", None) or [])]
+    sizes = {shape[0] for shape in shapes if len(shape) and shape[0] is not None}
+    if len(sizes) > 1:
+        raise ValueError(
+            f"model {model.name!r} has inputs of the batch sizes {sorted(sizes)}; expected one"
+        )
+    return sizes.pop() if sizes else None
 
 
 def check_labels(model, y, start, error):
@@ -124,13 +402,20 @@ def check_labels(model, y, start, error):
     """
     if "label" not in str(error):
         return
-    classes = tf.nest.flatten(model.output_shape)[-1] if hasattr(model, "output_shape") else None
-    for labels in tf.nest.flatten(y):
-        wrong = np.argwhere((np.asarray(labels) < 0) | (np.asarray(labels) >= (classes or np.inf)))
-        if labels.dtype.is_integer and len(wrong):
+    labels = tf.nest.flatten(y)
+    outputs = getattr(model, "outputs", None) or []
+    if len(outputs) != len(labels):  # not known which are whose
+        return
+    for one, output in zip(labels, outputs):
+        classes = output.shape[-1]
+        if not isinstance(one, tf.Tensor) or not one.dtype.is_integer or classes is None:
+            continue
+        one = one.numpy()
+        wrong = np.argwhere((one < 0) | (one >= classes))
+        if len(wrong):
             n = int(wrong[0][0])
             raise ValueError(
-                f"y: the label of example {start + n} is {np.asarray(labels)[tuple(wrong[0])]}; "
+                f"y: the label of example {start + n} is {one[tuple(wrong[0])]}; "
                 f"expected 0 to {classes - 1}, the model has {classes} outputs"
             ) from error
 
@@ -153,3 +438,23 @@ def check_finite(model, moments, bad: int):
                 f"the gradient of {variable.path} is not finite, though every loss is: look for a "
                 "function without derivative at its input (sqrt or log at 0), or scale the loss"
             )
+
+
+def as_fit_gives_them(model, x, y, sample_weight, batch_size) -> tuple:
+    """`(x, y, sample_weight)` after what the model's own `fit` does to them before a step.
+
+    That is nothing, but for a model with `preprocess_samples` (a task of keras_hub): then it is a
+    dataset of what that makes of batches.
+    """
+    preprocess = getattr(model, "preprocess_samples", None)
+    if preprocess is None or getattr(model, "preprocessor", None) is None:
+        return x, y, sample_weight
+    if not is_stream(x):
+        data = keras.utils.pack_x_y_sample_weight(x, y, sample_weight)
+        x = tf.data.Dataset.from_tensor_slices(data).batch(batch_size)
+    if not isinstance(x, tf.data.Dataset):
+        raise ValueError(
+            f"model {model.name!r} preprocesses its data: expected arrays or a tf.data.Dataset, "
+            f"got a {_kind(x)}"
+        )
+    return x.map(preprocess, num_parallel_calls=tf.data.AUTOTUNE), None, None

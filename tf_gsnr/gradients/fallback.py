@@ -8,73 +8,117 @@ from __future__ import annotations
 
 import keras
 import tensorflow as tf
-from absl import logging
 
-from tf_gsnr.gradients import converters, forms, recurrent
-from tf_gsnr.gradients.capture import without_activation
+from tf_gsnr.gradients import capture, contract, example_map, forms, recurrent
 
 
 def products(call) -> list:
     """`[(variable, form), ...]` of a call, by running the layer again on each example."""
-    variables = call.unit.variables
-    with converters.vectorised_ops():
-        try:
-            with recurrent.without_loops(call.layer, call.training):
-                gradients = tf.vectorized_map(*_one_example(call))
-        except (ValueError, NotImplementedError, tf.errors.OpError) as error:
-            logging.log_first_n(
-                logging.WARNING,
-                "layer %s cannot be vectorised over examples and is run in a loop: %s",
-                1,
-                call.layer.name,
-                error,
-            )
-            one, elements = _one_example(call)
-            signature = [tf.TensorSpec(v.shape, v.dtype) for v in call.unit.variables]
-            gradients = tf.map_fn(one, elements, fn_output_signature=signature)
-    return [(v, forms.rows(g, v)) for v, g in zip(variables, gradients)]
+    if recurrent.has_loops(call.layer):
+        gradients = _one_by_one(call)
+    else:
+        one, elements, _ = _one_example(call)
+        gradients = example_map.vectorised(one, elements, f"layer {call.layer.name!r}")
+    return [(v, forms.rows(g, v)) for v, g in zip(call.unit.variables, gradients)]
+
+
+def _one_by_one(call):
+    """In a loop over the examples; where it matters what the others draw, with all of them in it.
+
+    A mask that is drawn for one example alone is not the one that it has in its batch, and the
+    states that a layer keeps from batch to batch are those of all examples.
+    """
+    one, elements, drew = _one_example(call)
+    if not recurrent.keeps_states(call.layer):
+        run = example_map.traced(one, elements)
+        if not drew:
+            return run(elements)
+    one, elements = _one_of_batch(call)
+    return example_map.one_by_one(one, elements)
 
 
 def _one_example(call):
-    """`(function, elements)`: the product of one example, for a map over the elements."""
+    """`(function, elements)`: the product of one example, for a map over the elements.
+
+    Also a list that is not empty, once the function was traced, if the layer drew random numbers.
+    """
     arguments = (call.args, call.kwargs)
     flat = tf.nest.flatten(arguments)
     rows = call.n * call.fold
     split = [i for i, v in enumerate(flat) if _has_rows(v, rows)]
     dz = tf.nest.flatten(call.dz)
     used = [i for i, g in enumerate(dz) if g is not None]
-    values = [tf.convert_to_tensor(v.value) for v in call.unit.variables]
-    others = [(v, tf.convert_to_tensor(v.value)) for v in call.layer.non_trainable_variables]
     elements = (
         tf.range(call.n),
         [_rows_of_examples(flat[i], call) for i in split],
         [_rows_of_examples(dz[i], call) for i in used],
     )
+    drew = []
 
     def one(element):
         n, inputs, gradients = element
         mine = list(flat)
         for i, v in zip(split, inputs):
             mine[i] = v
+        # Adding 0 n marks a seed as varying with n: see converters.py.
+        state = [(v, s + tf.cast(0 * n, s.dtype) if _is_seed(v) else s) for v, s in call.state]
         args, kwargs = tf.nest.pack_sequence_as(arguments, mine)
-        # Adding 0 n marks the seed as varying with n: see converters.py.
-        seeds = [(v, s + tf.cast(0 * n, s.dtype)) for v, s in call.seeds]
-        state = [*others, *zip(call.unit.variables, values), *seeds]
-        with tf.GradientTape(watch_accessed_variables=False) as tape:
-            tape.watch(values)
-            with keras.StatelessScope(state_mapping=state):
-                with without_activation(call.layer, call.unit.bare):
-                    output = call.layer(*args, **kwargs)
-            output = tf.nest.flatten(output)
-        found = tape.gradient(
-            [output[i] for i in used],
-            values,
-            output_gradients=[tf.cast(g, output[i].dtype) for i, g in zip(used, gradients)],
-            unconnected_gradients=tf.UnconnectedGradients.ZERO,
-        )
-        return [tf.convert_to_tensor(g) for g in found]
+        return _product(call, args, kwargs, state, dict(zip(used, gradients)), drew)
 
-    return one, elements
+    return one, elements, drew
+
+
+def _one_of_batch(call):
+    """As `_one_example`, with the whole batch run for each example, so that it draws as one."""
+    dz = [(i, g) for i, g in enumerate(tf.nest.flatten(call.dz)) if g is not None]
+
+    def one(n):
+        gradients = {}
+        for i, g in dz:
+            g = forms.per_example(call, g, keep_fold=True)
+            own = tf.reshape(tf.range(call.n) == n, [-1] + [1] * (g.shape.rank - 1))
+            g = tf.where(own, g, tf.zeros_like(g))
+            gradients[i] = tf.reshape(g, tf.concat([[-1], tf.shape(g)[2:]], 0))
+        return _product(call, call.args, call.kwargs, call.state, gradients, [])
+
+    return one, tf.range(call.n)
+
+
+def _product(call, args, kwargs, state, gradients, drew):
+    """The layer's vector-Jacobian product with `gradients`, by the index of an output."""
+    given = {id(v): value for v, value in state}
+    # The real variables where no scope gives others: see `contract.values_given`.
+    sources = [given.get(id(v), v.value) for v in call.unit.variables]
+    with tf.GradientTape(watch_accessed_variables=False) as tape:
+        tape.watch(sources)
+        with (
+            keras.StatelessScope(state_mapping=state) as scope,
+            capture.without_activation(call.layer, call.unit.activation),
+            _once(call.layer),
+        ):
+            before = [scope.get_current_value(v) for v, _ in state]
+            output = call.layer(*args, **kwargs)
+            after = [scope.get_current_value(v) for v, _ in state]
+        output = tf.nest.flatten(output)
+    drew += [v for (v, _), a, b in zip(state, before, after) if a is not b and _is_seed(v)]
+    found = tape.gradient(
+        [output[i] for i in gradients],
+        sources,
+        output_gradients=[tf.cast(g, output[i].dtype) for i, g in gradients.items()],
+        unconnected_gradients=tf.UnconnectedGradients.ZERO,
+    )
+    return [tf.convert_to_tensor(g) for g in found]
+
+
+def _is_seed(variable):
+    return variable.name == "seed_generator_state"
+
+
+def _once(layer):
+    """While this is open, Keras does not recompute the layer in its backward pass."""
+    if not capture.rematerialised(layer):
+        return contract.replaced([])
+    return contract.replaced([(layer, "rematerialized_call", lambda call, *_, **__: call)])
 
 
 def _has_rows(value, rows):

@@ -17,7 +17,7 @@ from tf_gsnr.gradients.sparse_form import Sparse
 
 def per_example(call, values, keep_fold: bool = False):
     """`[n f, ...]` as `[n, f, ...]`; as it is where an example has one row, unless `keep_fold`."""
-    if call.fold == 1 and not keep_fold:
+    if not call.folded and not keep_fold:
         return values
     shape = tf.shape(values)
     static = [s if s is not None else shape[a] for a, s in enumerate(values.shape)]
@@ -42,11 +42,12 @@ def elementwise(gradients, variable) -> Rows:
 
 def outer(call, x, dz, variable) -> Outer:
     """The form of `sum_t x[n,t,i] dz[n,t,o]`; x is `[n f, ..., i]`, dz `[n f, ..., o]`."""
-    if call.fold != 1 or x.shape.rank != 2:
-        positions = [s for s in x.shape[1:-1]]
-        t = -1 if None in positions else call.fold * product(positions)
-        last = [] if t == 1 else [t]
-        n = call.n if t != -1 else tf.shape(x)[0] // call.fold
+    if call.folded or x.shape.rank != 2:
+        positions = list(x.shape[1:-1])
+        known = None not in positions and isinstance(call.fold, int)
+        t = call.fold * product(positions) if known else -1
+        last = [] if known and t == 1 else [t]
+        n = call.n if known else tf.shape(x)[0] // call.fold
         x = tf.reshape(x, [n, *last, x.shape[-1]])
         dz = tf.reshape(dz, [n, *last, dz.shape[-1]])
     return Outer(x, dz, variable.shape, variable.dtype)

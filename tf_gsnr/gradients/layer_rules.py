@@ -27,9 +27,10 @@ def _is_adapted(layer):
 def dense(call):
     """`G[n,i,o] = sum_t x[n,t,i] dz[n,t,o]`."""
     layer = call.layer
-    if _is_adapted(layer) or isinstance(call.x, tf.SparseTensor):
+    if _is_adapted(layer):
         return None
-    found = [(layer.kernel, forms.outer(call, call.x, call.dz, layer.kernel))]
+    x = tf.ensure_shape(call.x, [*call.x.shape[:-1], layer.kernel.shape[0]])  # was it sparse?
+    found = [(layer.kernel, forms.outer(call, x, call.dz, layer.kernel))]
     if layer.bias is not None:
         found.append((layer.bias, forms.elementwise(forms.per_example(call, call.dz), layer.bias)))
     return found
@@ -39,7 +40,7 @@ def dense(call):
 def einsum_dense(call):
     """The equation `x, kernel -> z` turned round: `x, dz -> n kernel`; an `Outer` if it is one."""
     layer = call.layer
-    if _is_adapted(layer) or call.fold != 1:
+    if _is_adapted(layer) or call.folded:
         return None
     operands, made = layer.equation.replace(" ", "").split("->")
     source, kernel = operands.split(",")
@@ -162,6 +163,8 @@ def conv_transpose(call):
 def _convolution(call, x, dz):
     """`G[n,k,c,o] = sum_t x[n,t*stride+k*dilation,c] dz[n,t,o]`."""
     layer = call.layer
+    if not isinstance(call.fold, int):
+        return None
     x, dz = _channels_last(call, x), _channels_last(call, dz)
     if _is_adapted(layer) or None in x.shape[2:] or None in dz.shape[2:]:
         return None
@@ -176,6 +179,8 @@ def _convolution(call, x, dz):
 def depthwise(call):
     """`G[n,k,c,m] = sum_t x[n,t*stride+k*dilation,c] dz[n,t,c,m]`."""
     layer = call.layer
+    if not isinstance(call.fold, int):
+        return None
     x, dz = _channels_last(call, call.x), _channels_last(call, call.dz)
     if None in x.shape[2:] or None in dz.shape[2:]:
         return None
@@ -187,7 +192,7 @@ def depthwise(call):
 def separable(call):
     """A depthwise convolution, then a dense layer over the channels at each position."""
     layer = call.layer
-    if layer.data_format != "channels_last":
+    if layer.data_format != "channels_last" or not isinstance(call.fold, int):
         return None
     first, second = layer.depthwise_kernel, layer.pointwise_kernel
     matrix = tf.convert_to_tensor(second.value)

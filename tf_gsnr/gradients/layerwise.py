@@ -8,9 +8,11 @@ n example.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Sequence
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from tf_gsnr.gradients import (
@@ -20,6 +22,7 @@ from tf_gsnr.gradients import (
     fallback,
     forms,
     layer_rules,
+    losses,
     recurrent,
     rules,
 )
@@ -30,72 +33,58 @@ assert layer_rules  # importing it registers Keras's layers
 
 def build(
     model: keras.Model,
-    loss_fn: Callable,
+    loss: Callable,
     *,
     sign_counts: bool = False,
     training: bool = False,
     batch_norm: str = "frozen",
+    contributions: bool = False,
+    wide: bool = False,
 ) -> Callable:
     """Returns `measure` as `gradients.contract` defines it.
 
-    The first time `measure` is traced, conservation is checked: the sum of a variable's per-example
-    gradients must be its ordinary gradient.
+    Args:
+      contributions: differentiate the loss of the whole batch, times its number of examples,
+        instead of the sum of the losses of each example alone; see `gradient_moments`.
+      wide: whether gradients are scaled before they are squared, and moments are float64.
 
     Raises:
       conservation.NotConserved: (by `measure`) a variable acts outside the `call` of its layer, or
-        a layer mixes examples; the message names what is concerned.
+        the model adds losses of its own, of which there is one for all examples.
     """
     contract.check_batch_norm(batch_norm)
     seeds_of_model = contract.seed_variables(model)
-    plans = {}  # structure of x -> rows per example of each call
 
     def measure(x, y, sample_weight=None, valid=None, seeds=None):
         if seeds is None:
             seeds = [tf.convert_to_tensor(v.value) for v in seeds_of_model]
-        specs = tf.nest.map_structure(lambda v: (tuple(v.shape[1:]), v.dtype.name), x)
-        key = str(specs)
-        if key not in plans:
-            plans[key] = check(model, x, training=training, batch_norm=batch_norm)
+        n = capture.batch_size(x)
 
         def loss_of(predictions):
-            losses = loss_fn(y, predictions, sample_weight)
-            return losses, losses if valid is None else tf.where(valid, losses, 0)
+            if contributions:
+                whole = tf.reduce_sum(loss(x, y, predictions, sample_weight, training))
+                return tf.fill([n], whole), whole * tf.cast(n, whole.dtype)
+            each = losses.of_examples(loss, x, y, predictions, sample_weight, training)
+            return each, tf.reduce_sum(each if valid is None else tf.where(valid, each, 0))
 
         with modes(model, training, batch_norm):
-            found = forward_backward(model, loss_of, x, seeds=seeds, training=training)
-            by_variable = forms_of(found.calls, plans[key])
-        moments = combine(model.trainable_variables, by_variable, found.losses, valid, sign_counts)
-        return contract.Measured(found.losses, moments, found.predictions, found.updates)
+            found, each, by_variable = _pass(
+                model, loss_of, x, n, seeds, training, added=contributions
+            )
+            scales = unit_scales(found.calls) if wide else {}
+            if wide:
+                by_variable = forms_of(found.calls, scales=scales)
+        mean, m2, up, down = combined(model.trainable_variables, by_variable, n, valid, sign_counts)
+        if wide:
+            powers = [
+                tf.cast(scales.get(id(v), 1.0), tf.float64) for v in model.trainable_variables
+            ]
+            mean = [tf.cast(v, tf.float64) / s for v, s in zip(mean, powers)]
+            m2 = [tf.cast(v, tf.float64) / s / s for v, s in zip(m2, powers)]
+        count, loss_mean = _mean_loss(each, valid)
+        return contract.Measured(each, Moments(count, loss_mean, mean, m2, up, down))
 
     return measure
-
-
-def check(model, x, *, training=False, batch_norm="frozen") -> list:
-    """Checks conservation on random data like `x`, outside any graph or strategy.
-
-    Returns:
-      The rows per example of each call, in the order of the forward pass.
-
-    Raises:
-      conservation.NotConserved: some variable's per-example gradients do not add up.
-    """
-
-    def per_example(x, seeds, loss_of):
-        found = forward_backward(model, loss_of, x, seeds=seeds, training=training)
-        return found.calls, forms_of
-
-    coupled = training and batch_norm == "batch" and bool(contract.batch_norm_layers(model))
-    with modes(model, training, batch_norm):
-        comparison = conservation.compare(model, x, per_example, training=training, coupled=coupled)
-    wrong = conservation.violations(model, comparison.errors)
-    if wrong:
-        names = ", ".join(f"{path} (off by {error:.1e})" for path, error in wrong)
-        raise conservation.NotConserved(
-            f"model {model.name!r}: the per-example gradients of {names} do not add up to the "
-            "ordinary gradient: the variable is used outside the call of its own layer, or a layer "
-            "mixes examples; use engine='vectorized', or engine='auto', which does so by itself"
-        )
-    return [fold for _, _, fold in comparison.calls]
 
 
 def modes(model, training, batch_norm):
@@ -105,46 +94,191 @@ def modes(model, training, batch_norm):
     return contextlib.nullcontext()
 
 
-def whole_layers(model) -> list:
-    """Recurrent layers: they run their cell fused, or in a loop, where it cannot be observed."""
-    return [layer for layer in contract.sublayers(model) if isinstance(layer, keras.layers.RNN)]
-
-
-def forward_backward(model, loss_of, x, *, seeds, training) -> capture.Pass:
-    """`capture.run` with the units that the model needs."""
-    layers = contract.sublayers(model)
+def _pass(model, loss_of, x, n, seeds, training, added):
+    """`(Pass, losses [n], {id(variable): form})`, with as many layers whole as it takes."""
     whole = whole_layers(model)
+    variables = model.trainable_variables
     while True:
         units = capture.units_of(model, whole, rules.activation_of)
-        found = capture.run(model, units, loss_of, x, seeds=seeds, training=training)
-        if not found.unobservable:
-            return found
-        for inner in found.unobservable:
-            parents = [p for p in layers if any(inner is c for c in p._layers)]
-            whole += [p for p in parents if not any(p is w for w in whole)]
+        given = contract.values_given(model.variables)
+        given += zip(contract.seed_variables(model), seeds)
+        with tf.GradientTape() as tape:
+            sources = [v.value for v in variables]
+            tape.watch([v for v in sources if tf.is_tensor(v)])
+            with (
+                keras.StatelessScope(given, collect_losses=True),
+                capture.watching(model, units, tape, n, training=training) as found,
+            ):
+                predictions = model(x, training=training)
+                if not added:
+                    check_no_added_losses(model)
+                each, target = loss_of(predictions)
+        watched = found.watched()
+        gradients = tape.gradient(target, watched + sources)
+        found.set_gradients(gradients[: len(watched)])
+        by_variable = forms_of(found.calls)
+        missed = [
+            v
+            for v, g in zip(variables, gradients[len(watched) :])
+            if g is not None and id(v) not in by_variable
+        ]
+        if not missed:
+            return found, each, by_variable
+        larger, unseen = wider(model, whole, missed)
+        if unseen:
+            raise conservation.NotConserved(
+                f"model {model.name!r}: no call of its own layer accounts for "
+                f"{', '.join(v.path for v in unseen)}: it is used outside of it, or a rule leaves "
+                "it out; use engine='vectorized', or engine='auto', which does so by itself"
+            )
+        whole = larger
 
 
-def forms_of(calls, folds=None) -> dict:
+def check_no_added_losses(model):
+    """Raises `NotConserved` where the model adds losses, one number for all examples."""
+    if losses.adds(model):
+        raise conservation.NotConserved(
+            f"model {model.name!r} adds losses of its own (add_loss, or an activity regulariser), "
+            "which are one number for all examples: use engine='vectorized', which runs each "
+            "example alone, or engine='auto', which does so by itself"
+        )
+
+
+def whole_layers(model) -> list:
+    """Layers that are observed from outside from the start.
+
+    Recurrent layers run their cell in a loop; a `call` that is a `tf.function` has a graph of its
+    own, which may have been traced before.
+    """
+    return [
+        layer
+        for layer in contract.sublayers(model)
+        if layer is not model
+        and (isinstance(layer, keras.layers.RNN) or hasattr(layer.call, "get_concrete_function"))
+    ]
+
+
+def wider(model, whole, missed) -> tuple[list, list]:
+    """The layers that are to be whole so that these variables are seen, and which cannot be.
+
+    Args:
+      whole: the layers that are so far.
+      missed: variables that the loss depends on, and that no call accounts for.
+    """
+    everything = len(model.trainable_variables)
+    layers = [p for p in contract.sublayers(model) if len(p.trainable_variables) < everything]
+    owners = {
+        id(v): unit.layer
+        for unit in capture.units_of(model, whole, rules.activation_of)
+        for v in unit.variables
+    }
+    before, whole, unseen = whole, list(whole), []
+    for variable in missed:
+        owner = owners.get(id(variable))
+        outer = [p for p in layers if any(owner is c for c in p._layers)]
+        outer = [p for p in outer if not any(p is w for w in before)]
+        if not outer:
+            unseen.append(variable)
+        whole += [p for p in outer if not any(p is w for w in whole)]
+    return whole, unseen
+
+
+def unit_scales(calls, factor=1.0) -> dict:
+    """`id(variable) -> ` the power of two times `factor` by which its layer's `dz` is multiplied.
+
+    1 but for gradients so small that their squares would underflow in float32.
+    """
+    largest = {}
+    for call in calls:
+        for dz in tf.nest.flatten(call.dz):
+            if dz is not None:
+                size = tf.cast(tf.reduce_max(tf.abs(dz)), tf.float32) * factor
+                if dz.dtype.size < 4:  # half precision is multiplied by nothing
+                    size = tf.constant(np.inf)
+                before = largest.get(id(call.layer))
+                largest[id(call.layer)] = size if before is None else tf.maximum(before, size)
+    scales = {}
+    for call in calls:
+        size = largest.get(id(call.layer))
+        if size is not None:
+            scale = tf.where(tf.math.is_inf(size), 1.0, factor * _power(size))
+            scales |= {id(v): scale for v in call.unit.variables}
+    return scales
+
+
+SMALL = 2.0**-30  # gradients whose squares, and whose squares' sums, float32 holds with ease
+
+
+def _power(size):
+    """A power of two, at least 1, that brings a small size near to `SMALL`."""
+    small = (size > 0) & (size < SMALL)
+    exponent = tf.round(tf.math.log(SMALL / tf.where(small, size, SMALL)) / tf.math.log(2.0))
+    return tf.where(small, tf.pow(2.0, tf.minimum(exponent, 96.0)), 1.0)
+
+
+def forms_of(calls, folds=None, scales=None, reasons=None) -> dict:
     """`id(variable) -> form` of all calls together.
 
     Args:
       calls: of a `capture.Pass`. Their `fold` and `route` are filled in.
-      folds: the rows per example of each call, where known; otherwise from the shapes.
+      folds: `(id(layer), k) -> ` rows per example of a layer's k-th call, where known from another
+        pass.
+      scales: `id(variable) -> ` by which the gradients at its layer's outputs are multiplied.
+      reasons: a dict for `id(variable) -> ` why a variable has no form, where that is not to raise.
+
+    Raises:
+      conservation.NotConserved: without `reasons`, where a layer's rows are not the examples'.
     """
-    by_variable = {}
-    for call, fold in zip(calls, folds or [None] * len(calls), strict=True):
-        call.fold = _fold(call, fold)
-    for call in recurrent.together(calls):
+    by_variable, seen = {}, {}
+    for call in calls:
+        k = seen[id(call.layer)] = seen.get(id(call.layer), -1) + 1
         if not call.used:
             continue
-        rule = None if call.unit.whole else rules.rule_of(call.layer)
-        answer = None if rule is None else rule.function(call)
-        call.route = "fallback" if answer is None else rule.function.__name__
-        wanted = {id(v) for v in call.unit.variables}
-        for variable, form in answer or fallback.products(call):
-            if id(variable) in wanted:
+        scale = None if scales is None else scales.get(id(call.unit.variables[0]))
+        try:
+            call.fold = _fold(call, (folds or {}).get((id(call.layer), k)))
+            scaled = call if scale is None else _times(call, scale)
+            for variable, form in _answer(scaled):
                 by_variable.setdefault(id(variable), []).append(form)
+            call.route = scaled.route
+        except Exception as error:
+            if reasons is None:
+                raise
+            reasons |= {id(v): " ".join(str(error).split()) for v in call.unit.variables}
     return {key: forms.add(parts) for key, parts in by_variable.items()}
+
+
+def _times(call, scale):
+    def scaled(g):
+        return None if g is None else g * tf.cast(scale, g.dtype)
+
+    return dataclasses.replace(call, dz=tf.nest.map_structure(scaled, call.dz))
+
+
+def _answer(call) -> list:
+    """`[(variable, form), ...]` of the unit's variables, by its rule or without."""
+    call.args, call.kwargs = tf.nest.map_structure(
+        lambda v: tf.sparse.to_dense(v) if isinstance(v, tf.SparseTensor) else v,
+        (call.args, call.kwargs),
+    )
+    rule = None if call.unit.whole else rules.rule_of(call.layer)
+    if rule is not None and capture.rematerialised(call.layer) and rule.activation:
+        rule = None if _is_activated(call.layer, rule.activation) else rule
+    answer = None if rule is None else rule.function(call)
+    if answer is not None:
+        call.route = rule.function.__name__
+    elif isinstance(call.layer, keras.layers.RNN):
+        answer = recurrent.products(call)
+        call.route = "recurrent"
+    if answer is None:
+        answer = fallback.products(call)
+        call.route = "fallback"
+    wanted = {id(v) for v in call.unit.variables}
+    return [(v, form) for v, form in answer if id(v) in wanted]
+
+
+def _is_activated(layer, attribute):
+    return getattr(layer, attribute, None) not in (None, keras.activations.linear)
 
 
 def _fold(call, expected):
@@ -152,9 +286,9 @@ def _fold(call, expected):
     outputs = [z for z, g in zip(*map(tf.nest.flatten, (call.output, call.dz))) if g is not None]
     rows = {z.shape[0] if z.shape.rank else 0 for z in outputs} - {None}
     if not rows or not isinstance(call.n, int):
-        return expected or 1
+        return expected or tf.shape(outputs[0])[0] // call.n
     found = rows.pop()
-    if rows or found % call.n or found == 0 or expected not in (None, found // call.n):
+    if rows or found % call.n or found == 0:
         raise conservation.NotConserved(
             f"layer {call.layer.name!r}: its output has {found} rows for {call.n} examples, so its "
             "gradient has no part of each example's own; use engine='vectorized', or "
@@ -163,22 +297,14 @@ def _fold(call, expected):
     return found // call.n
 
 
-def combine(variables, by_variable, losses, valid, sign_counts) -> Moments:
-    """The moments of a batch from the form of each variable; no form means no gradient."""
-    losses = tf.cast(losses, tf.float64)
-    if valid is None:
-        count = tf.size(losses, tf.int64)
-        loss = tf.reduce_mean(losses)
-    else:
-        count = tf.math.count_nonzero(valid, dtype=tf.int64)
-        total = tf.reduce_sum(tf.where(valid, losses, 0))
-        loss = total / tf.cast(tf.maximum(count, 1), tf.float64)
+def combined(variables, by_variable, n, valid, sign_counts, scales=None) -> tuple:
+    """`(mean, m2, positives, negatives)`, lists over the variables; no form means no gradient."""
+    dtype = tf.int64
+    count = tf.cast(n, dtype) if valid is None else tf.math.count_nonzero(valid, dtype=dtype)
     mean, m2, positives, negatives = [], [], [], []
     for variable in variables:
         dtype = tf.as_dtype(variable.dtype)
-        form = by_variable.get(id(variable))
-        if form is None:
-            form = _Nothing(variable)
+        form = by_variable.get(id(variable)) or Nothing(variable)
         mask = None if valid is None else tf.cast(valid, dtype)
         one_mean, one_m2 = form.moments(tf.cast(tf.maximum(count, 1), dtype), mask)
         mean.append(one_mean)
@@ -187,10 +313,20 @@ def combine(variables, by_variable, losses, valid, sign_counts) -> Moments:
             up, down = form.signs()
             positives.append(up)
             negatives.append(down)
-    return Moments(count, loss, mean, m2, positives, negatives)
+    return mean, m2, positives, negatives
 
 
-class _Nothing(forms.Form):
+def _mean_loss(losses: Sequence, valid):
+    """`(number of valid examples, mean of their losses)`."""
+    losses = tf.cast(losses, tf.float64)
+    if valid is None:
+        return tf.size(losses, tf.int64), tf.reduce_mean(losses)
+    count = tf.math.count_nonzero(valid, dtype=tf.int64)
+    total = tf.reduce_sum(tf.where(valid, losses, 0))
+    return count, total / tf.cast(tf.maximum(count, 1), tf.float64)
+
+
+class Nothing(forms.Form):
     """The gradients of a variable that the losses do not depend on."""
 
     def __init__(self, variable):

@@ -1,33 +1,156 @@
-"""From any Keras loss to one number per example: example n's own loss, never divided by the batch.
+"""Keras's own loss: of a batch, and of every example of it as a batch of its own.
 
-Index letters: n example, t any further axis of the targets (position, pixel).
+Nothing here knows what a loss is. Masks, weights, ranks, reductions, nested outputs, `add_loss` and
+a `compute_loss` of the user's own are what Keras makes of them, because Keras computes them.
+Index letters: n example.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 
 import keras
 import tensorflow as tf
 
+from tf_gsnr.gradients import example_map, examples
 
-def per_example_loss(loss, model=None) -> Callable:
-    """Returns `fn(y_true, y_pred, sample_weight=None) -> [n]`, the loss of each example.
 
-    The loss of an example is the mean over its own positions t, each multiplied by its sample
-    weight and left out where Keras's mask hides it; so it is what Keras's `"sum_over_batch_size"`
-    reduction returns for a batch of that one example. With several outputs the losses add up,
-    multiplied by the compiled `loss_weights`. Penalties of the weights (regularisers, `add_loss`)
-    are no part of it: they are the same for every example.
+class _WithLoss(keras.Model):
+    """A model without layers, compiled with a loss: `compute_loss` for the outputs of another."""
+
+    def __init__(self, model, loss):
+        super().__init__(name="loss")
+        self.output_names = getattr(model, "output_names", None)
+        object.__setattr__(self, "_measured", model)  # Keras would track it as a layer
+        with _precision_of(self):
+            self.compile(loss=loss)
+
+    @property
+    def losses(self):
+        return [] if self._measured is None else self._measured.losses
+
+
+def of_batch(model, loss=None) -> Callable:
+    """Returns `fn(x, y, predictions, sample_weight, training) -> ` the loss that Keras computes.
+
+    Weight regularisers are no part of it: they are the same for every example.
 
     Args:
-      loss: a Keras loss, its name, a callable `(y_true, y_pred) -> [n]` or `[n, ...]`, or, for a
-        model with several outputs, a list or dict of them; None means the model's compiled loss.
-      model: the Keras model, for its compiled loss and the names of its outputs.
+      model: the Keras model, for its compiled loss, its `add_loss` and the names of its outputs.
+      loss: whatever `compile(loss=...)` takes; None for the model's own `compute_loss`.
 
     Raises:
-      ValueError: no loss given and none compiled; a loss that is not one number per example; losses
-        that do not fit the outputs.
+      ValueError: no loss given and none compiled; what is given is no loss.
+    """
+    if loss is None:
+        owner = model
+        own = model.__class__.compute_loss is not keras.Model.compute_loss
+        if not own and not getattr(model, "compiled", False):
+            raise ValueError(
+                f"loss=None, and model {getattr(model, 'name', model)!r} is not compiled with one: "
+                "pass loss= a Keras loss, its name, or a callable (y_true, y_pred) -> [batch], or "
+                "call model.compile(loss=...) first"
+            )
+    else:
+        owner = _compiled(model, loss)
+
+    def fn(x, y, predictions, sample_weight=None, training=False):
+        with without_penalties(model), _precision_of(owner):
+            value = owner._compute_loss(x, y, predictions, sample_weight, training=training)
+        # Keras divides by the number of replicas, so that their losses add up to that of all.
+        replicas = tf.distribute.get_strategy().num_replicas_in_sync
+        return value if replicas == 1 else value * replicas
+
+    fn.uses_inputs = owner.__class__.compute_loss is not keras.Model.compute_loss
+    fn.owner = owner
+    return fn
+
+
+def needs_targets(model, loss=None) -> bool:
+    """Whether outputs are compared with targets: not so by what the model adds or makes itself."""
+    own = model.__class__.compute_loss is not keras.Model.compute_loss
+    return loss is not None or not own and getattr(model, "loss", None) is not None
+
+
+def _compiled(model, loss):
+    leaves = loss if callable(loss) else keras.tree.flatten(loss)
+    leaves = leaves if isinstance(leaves, list) else [leaves]
+    if not any(callable(leaf) or isinstance(leaf, str) for leaf in leaves):
+        raise ValueError(
+            f"loss={loss!r}: expected a Keras loss, its name, or a callable "
+            "(y_true, y_pred) -> [batch]"
+        )
+    return _WithLoss(model, loss)
+
+
+@contextlib.contextmanager
+def _precision_of(owner):
+    """Keras makes the losses it is given by name when it first computes them, in its floatx."""
+    before = keras.config.floatx()
+    measured = getattr(owner, "_measured", None)
+    wide = measured is not None and measured.variable_dtype == "float64"
+    keras.config.set_floatx("float64" if wide else before)
+    try:
+        yield
+    finally:
+        keras.config.set_floatx(before)
+
+
+def of_examples(loss: Callable, x, y, predictions, sample_weight=None, training=False):
+    """`[n]`: what the loss is for a batch of example n alone.
+
+    Args:
+      loss: what `of_batch` returns.
+      x, y, sample_weight: nested, with a leading axis of examples; None leaves stay None.
+      predictions: of the model, with the masks that Keras set on them.
+
+    Raises:
+      ValueError: the loss of one example is not one number.
+    """
+    masks = keras.tree.map_structure(lambda p: getattr(p, "_keras_mask", None), predictions)
+    data = (x if loss.uses_inputs else None, y, predictions, sample_weight, masks)
+
+    def one(_, batch):
+        x, y, predictions, weight, masks = batch
+        for prediction, mask in zip(tf.nest.flatten(predictions), tf.nest.flatten(masks)):
+            if mask is not None:
+                prediction._keras_mask = mask
+        with keras.StatelessScope():  # what it assigns (a metric of its own) is left alone
+            return one_number(loss(x, y, predictions, weight, training))
+
+    n = examples.count(data[1:4])
+    _check_rows(predictions, n)
+    return example_map.batches_of_one(one, data, n, f"loss {name_of(loss)!r}")
+
+
+def _check_rows(predictions, n):
+    for prediction in tf.nest.flatten(predictions):
+        rows = prediction.shape[0] if prediction.shape.rank else 0
+        if isinstance(n, int) and rows not in (None, n):
+            raise ValueError(
+                f"the model's output has {rows} rows for {n} examples, so there is no loss of one "
+                "example. To measure each example's contribution to the gradient of its "
+                "micro-batch instead, pass contributions=True"
+            )
+
+
+def one_number(value):
+    """A scalar: the loss of one example; ValueError where it is not one number."""
+    value = tf.convert_to_tensor(value)
+    if value.shape.num_elements() != 1:
+        raise ValueError(
+            f"the loss of one example has shape {value.shape}; expected one number: use the "
+            "reduction 'sum_over_batch_size', Keras's default"
+        )
+    return tf.reshape(value, [])
+
+
+def per_example_loss(loss, model=None) -> Callable:
+    """Returns `fn(y_true, y_pred, sample_weight=None) -> [n]`, for losses that need no input.
+
+    Args:
+      loss, model: as in `of_batch`.
 
     Example:
 
@@ -35,135 +158,43 @@ def per_example_loss(loss, model=None) -> Callable:
     >>> fn(tf.constant([[0.0], [0.0]]), tf.constant([[1.0], [3.0]])).numpy().tolist()
     [1.0, 9.0]
     """
-    if getattr(loss, "is_per_example", False):
-        return loss
-    weights = None
-    if loss is None:
-        loss = getattr(model, "loss", None)
-        compiled = getattr(model, "_compile_loss", None)  # Keras has no public name for it
-        weights = getattr(compiled, "_user_loss_weights", None)
-        if loss is None:
-            raise ValueError(
-                f"loss=None, and model {getattr(model, 'name', model)!r} is not compiled with one: "
-                "pass loss= a Keras loss, its name, or a callable (y_true, y_pred) -> [batch], or "
-                "call model.compile(loss=...) first"
-            )
-    names = getattr(model, "output_names", None)
+    of_one = of_batch(model, loss)
 
-    def total(y_true, y_pred, sample_weight=None):
-        predictions, keys = outputs(y_pred, names)
-        n = len(predictions)
-        if n == 1:
-            single = select(loss, keys, n, "loss") if isinstance(loss, (dict, list)) else [loss]
-            targets = select(y_true, keys, n, "y") if isinstance(y_true, dict) else [y_true]
-            parts = [
-                _one_output(_as_function(single[0]), targets[0], predictions[0], sample_weight)
-            ]
-        else:
-            losses = select(loss, keys, n, "loss") if isinstance(loss, (dict, list)) else [loss] * n
-            targets = select(y_true, keys, n, "y")
-            shared = not isinstance(sample_weight, (dict, list, tuple))
-            sample_weights = (
-                [sample_weight] * n if shared else select(sample_weight, keys, n, "sample_weight")
-            )
-            parts = [
-                None if one is None else _one_output(_as_function(one), true, pred, weight)
-                for one, true, pred, weight in zip(losses, targets, predictions, sample_weights)
-            ]
-        factors = [1.0] * n if weights is None else select(weights, keys, n, "loss_weights")
-        parts = [(part, f) for part, f in zip(parts, factors) if part is not None]
-        return tf.add_n([part * tf.cast(f, part.dtype) for part, f in parts])
+    def fn(y_true, y_pred, sample_weight=None):
+        return of_examples(of_one, None, y_true, y_pred, sample_weight)
 
-    total.is_per_example = True
-    return total
+    return fn
 
 
-def _as_function(loss) -> Callable:
-    if isinstance(loss, keras.losses.Loss):
-        return loss.call  # what comes before the reduction
-    if isinstance(loss, (str, dict)):
-        loss = keras.losses.get(loss)
-        return loss.call if isinstance(loss, keras.losses.Loss) else loss
-    if callable(loss):
-        return loss
-    raise ValueError(
-        f"loss={loss!r}: expected a Keras loss, its name, or a callable (y_true, y_pred) -> [batch]"
-    )
+def adds(model) -> bool:
+    """Whether the model, as it was last called, added losses: by `add_loss`, of activities."""
+    with without_penalties(model):
+        return bool(model.losses)
 
 
-def _one_output(loss_fn, y_true, y_pred, sample_weight):
-    mask = getattr(y_pred, "_keras_mask", None)
-    y_pred = tf.convert_to_tensor(y_pred)
-    if y_pred.dtype in (tf.float16, tf.bfloat16):
-        y_pred = tf.cast(y_pred, tf.float32)  # as Keras does
-    y_true = tf.convert_to_tensor(y_true)
-    if y_true.dtype.is_floating:
-        y_true = tf.cast(y_true, y_pred.dtype)
-    if y_true.shape.rank == y_pred.shape.rank - 1 and y_pred.shape[-1] == 1:
-        y_true = y_true[..., tf.newaxis]  # as Keras does; [n] against [n, 1] would broadcast
-    values = tf.convert_to_tensor(loss_fn(y_true, y_pred))
-    if values.shape.rank == 0 or (
-        values.shape[0] is not None
-        and y_pred.shape[0] is not None
-        and values.shape[0] != y_pred.shape[0]
-    ):
-        raise ValueError(
-            f"the loss {getattr(loss_fn, '__qualname__', loss_fn)!r} returned shape {values.shape} "
-            f"for predictions of shape {y_pred.shape}; expected one value per example, "
-            "[batch] or [batch, ...]: leave the reduction over the batch out of it"
-        )
-    weights = tf.ones([], values.dtype)
-    if mask is not None:
-        mask = tf.cast(_expand(mask, values.shape.rank), values.dtype)
-        weights = mask * tf.ones_like(values)
-        # Keras divides by the number of positions that count, not by all of them.
-        axes = list(range(1, values.shape.rank))
-        size = tf.reduce_sum(tf.ones_like(values), axis=axes, keepdims=True)
-        weights *= size / tf.maximum(tf.reduce_sum(weights, axis=axes, keepdims=True), 1)
-        values = tf.where(weights > 0, values, 0)
-    if sample_weight is not None:
-        weights *= _expand(tf.cast(sample_weight, values.dtype), values.shape.rank)
-    values *= weights
-    return tf.reduce_mean(values, axis=list(range(1, values.shape.rank)))
+@contextlib.contextmanager
+def without_penalties(model):
+    """While this is open, no variable of the model has a regulariser."""
+    variables = [] if model is None else model.trainable_variables
+    before = [(v, v.regularizer) for v in variables if v.regularizer is not None]
+    try:
+        for variable, _ in before:
+            variable.regularizer = None
+        yield
+    finally:
+        for variable, regularizer in before:
+            variable.regularizer = regularizer
 
 
-def _expand(array, rank):
-    array = tf.convert_to_tensor(array)
-    if array.shape.rank == rank + 1 and array.shape[-1] == 1:
-        array = array[..., 0]
-    while array.shape.rank < rank:
-        array = array[..., tf.newaxis]
-    return array
+def name_of(loss) -> str:
+    """What a loss of `of_batch` is called in messages."""
+    return names_of(loss.owner)
 
 
-def outputs(y_pred, names):
-    """The model's outputs as a flat list, and the key of each in a dict of losses or targets."""
-    if isinstance(y_pred, dict):
-        keys = list(y_pred)
-        return [y_pred[k] for k in keys], keys
-    if isinstance(y_pred, (list, tuple)):
-        return list(y_pred), names or list(range(len(y_pred)))
-    return [y_pred], names or [0]
-
-
-def per_output(values, keys, argument) -> list:
-    """One entry per output of a nested argument; what is not nested serves them all."""
-    if isinstance(values, (dict, list, tuple)):
-        return select(values, keys, len(keys), argument)
-    return [values] * len(keys)
-
-
-def select(values, keys, n, argument):
-    """One entry of `values` (a dict by output name, or a sequence) per output."""
-    if isinstance(values, dict):
-        unknown = set(values) - set(keys)
-        if unknown:
-            raise ValueError(f"{argument} names the outputs {sorted(unknown)}; there are: {keys}")
-        return [values.get(k, 1.0 if argument == "loss_weights" else None) for k in keys]
-    if isinstance(values, (list, tuple)) and len(values) == n:
-        return list(values)
-    if argument == "loss_weights" and n == 1:
-        return [values]
-    raise ValueError(
-        f"{argument}: expected a list of {n} entries or a dict of {keys}, got {values!r}"
-    )
+def names_of(owner) -> str:
+    """The names of the losses that a model was compiled with."""
+    given = getattr(owner, "loss", None)
+    if given is None:
+        return "compute_loss"
+    names = [getattr(v, "name", getattr(v, "__name__", v)) for v in keras.tree.flatten(given)]
+    return ", ".join(str(name) for name in names if name is not None)

@@ -11,22 +11,25 @@ from collections.abc import Callable
 import keras
 import tensorflow as tf
 
-from tf_gsnr.gradients import contract, converters, recurrent
+from tf_gsnr.gradients import capture, contract, example_map, examples, losses, recurrent
 from tf_gsnr.moments import Moments
 
 
 def build(
     model: keras.Model,
-    loss_fn: Callable,
+    loss: Callable,
     *,
     sign_counts: bool = False,
     training: bool = False,
     batch_norm: str = "frozen",
+    contributions: bool = False,
+    wide: bool = False,
 ) -> Callable:
     """Returns `measure` as `gradients.contract` defines it.
 
     Raises:
-      ValueError: batch statistics are asked for: they tie one example's loss to the others.
+      ValueError: batch statistics or contributions are asked for: they tie one example's loss to
+        the others.
     """
     contract.check_batch_norm(batch_norm)
     if training and batch_norm == "batch" and contract.batch_norm_layers(model):
@@ -38,53 +41,78 @@ def build(
             "micro-batch, gradients flow through them), batch_norm='frozen' (moving statistics, "
             "dropout stays active) or training=False (all layers in inference mode)"
         )
+    if contributions:
+        raise ValueError(
+            "contributions=True with engine='vectorized', which runs each example alone: use "
+            "engine='layerwise'"
+        )
     seeds_of_model = contract.seed_variables(model)
 
+    def gradient(given, x, y, sample_weight, loss_of):
+        """`(loss, gradients)` of one example, and the seeds' values after it."""
+        sources = [v.value for v in model.trainable_variables]
+        with tf.GradientTape(watch_accessed_variables=False) as tape:
+            tape.watch(sources)
+            with (
+                keras.StatelessScope(given, collect_losses=True) as scope,
+                losses.without_penalties(model),
+            ):
+                prediction = model(x, training=training)
+                value = loss_of(x, y, prediction, sample_weight, training)
+            value = losses.one_number(value)
+            after = [scope.get_current_value(v) for v in seeds_of_model]
+        found = tape.gradient(value, sources, unconnected_gradients=tf.UnconnectedGradients.ZERO)
+        # An embedding's are sparse.
+        return value, [tf.convert_to_tensor(g) for g in found], after
+
     def measure(x, y, sample_weight=None, valid=None, seeds=None):
-        parameters = [tf.convert_to_tensor(v.value) for v in model.trainable_variables]
-        # A scope around this one may give the other variables values, too.
-        others = [(v, tf.convert_to_tensor(v.value)) for v in model.non_trainable_variables]
+        # A scope around this one may give variables other values.
+        given = contract.values_given(model.variables)
         if seeds is None:
             seeds = [v.value for v in seeds_of_model]
-        batch = tf.shape(tf.nest.flatten(x)[0])[0]
+        n = capture.batch_size(x)
         body = []  # the ops of one example
+        drew = []  # the seeds that one example changes
 
-        def one_example(arguments):
-            n, x, y, weight = arguments
+        def one(i, batch):
             graph = tf.compat.v1.get_default_graph()
             before = len(graph.get_operations())
-            x, y, weight = tf.nest.map_structure(lambda v: v[tf.newaxis], (x, y, weight))
-            # Adding 0 n marks the seed as varying with n, without which a random op would be drawn
+            # Adding 0 i marks the seed as varying with i, without which a random op would be drawn
             # once, for all examples; converters.py then draws for the whole batch at once.
-            varying = [s + tf.cast(0 * n, s.dtype) for s in seeds]
-            state = [*zip(model.trainable_variables, parameters), *others]
-            state += zip(seeds_of_model, varying)
-            with tf.GradientTape(watch_accessed_variables=False) as tape:
-                tape.watch(parameters)
-                with keras.StatelessScope(state_mapping=state) as scope:
-                    prediction = model(x, training=training)
-                losses = loss_fn(y, prediction, None if sample_weight is None else weight)
-            gradients = tape.gradient(
-                losses, parameters, unconnected_gradients=tf.UnconnectedGradients.ZERO
-            )
-            gradients = [tf.convert_to_tensor(g) for g in gradients]  # an embedding's are sparse
+            varying = [s + tf.cast(0 * i, s.dtype) for s in seeds]
+            mapping = [*given, *zip(seeds_of_model, varying)]
+            value, found, after = gradient(mapping, *batch, loss)
             body.extend(graph.get_operations()[before:])
-            _refuse_shared_randomness(body, n)
-            drawn = [tf.convert_to_tensor(scope.get_current_value(v)) for v in seeds_of_model]
-            return losses[0], gradients, tf.nest.map_structure(lambda v: v[0], prediction), drawn
+            _refuse_shared_randomness(body, i)
+            drew.extend(a for a, b in zip(after, varying) if a is not b)
+            return value, found
 
-        frozen = contract.frozen_batch_norm(model) if training else contract.replaced_calls([])
-        short = recurrent.without_loops(model, training)
-        with converters.vectorised_ops(), frozen, short:
-            losses, gradients, predictions, drawn = tf.vectorized_map(
-                one_example, (tf.range(batch), x, y, () if sample_weight is None else sample_weight)
-            )
-        moments = Moments.of(gradients, losses, valid=valid, sign_counts=sign_counts)
-        drawn = {id(v): d[0] for v, d in zip(seeds_of_model, drawn)}
-        updates = [
-            drawn.get(id(v), tf.convert_to_tensor(v.value)) for v in model.non_trainable_variables
-        ]
-        return contract.Measured(losses, moments, predictions, updates)
+        def one_of_batch(i):
+            """As `one`, with the whole batch run for it, so that it draws as the batch."""
+
+            def loss_of(*arguments):
+                return losses.of_examples(loss, *arguments)[i]
+
+            mapping = [*given, *zip(seeds_of_model, seeds)]
+            return gradient(mapping, x, y, sample_weight, loss_of)[:2]
+
+        data = (x, y, sample_weight)
+        frozen = contract.frozen_batch_norm(model) if training else contract.replaced([])
+        with frozen:
+            if not recurrent.has_loops(model):
+                found = example_map.batches_of_one(one, data, n, f"model {model.name!r}")
+            elif recurrent.keeps_states(model) or example_map.changes(one, data, n, drew):
+                found = example_map.one_by_one(one_of_batch, tf.range(n))
+            else:
+                found = example_map.one_by_one(
+                    lambda i: one(i, examples.rows(data, i[tf.newaxis])), tf.range(n)
+                )
+        each, gradients = found
+        if wide:
+            gradients = [tf.cast(g, tf.float64) for g in gradients]
+        return contract.Measured(
+            each, Moments.of(gradients, each, valid=valid, sign_counts=sign_counts)
+        )
 
     return measure
 

@@ -14,22 +14,22 @@ from tf_gsnr.plots.claims import Claim, beyond, verdict, with_error
 from tf_gsnr.plots.style import by, column, curves, draw_mean, over_seeds, plt
 
 REAL, RANDOM, BETWEEN = "#2a6fbb", "#c8553d", "0.5"
-SIGNS = {"same_sign/mean": "-", "step_sign/mean": ":"}
+SIGNS = {"same_sign_plain/mean": "-", "step_sign/mean": ":"}
 
 
 def summary(records: list[dict]) -> dict:
     """Per network and share of random labels: the means over the seeds, along the epochs.
 
     Returns:
-      `{model: {p_random (as text): {...}}}` with `seeds`, `epochs`, and `gsnr`, `gsnr_corrected`,
-      `same_sign`, `step_sign`, `train_accuracy`, `test_accuracy`, each a list by epoch.
+      `{model: {p_random (as text): {...}}}` with `seeds`, `epochs`, and `gsnr_plain`, `gsnr`,
+      `same_sign_plain`, `step_sign`, `train_accuracy`, `test_accuracy`, each a list by epoch.
     """
-    names = ("gsnr/mean", "gsnr_corrected/mean", "same_sign/mean", "step_sign/mean")
+    names = ("gsnr_plain/mean", "gsnr/mean", "same_sign_plain/mean", "step_sign/mean")
     found = {}
     for model, group in by(records, "model").items():
         found[model] = {}
         for p_random, same in by(group, "p_random").items():
-            epochs, values = curves(same, "gsnr/mean")
+            epochs, values = curves(same, "gsnr_plain/mean")
             found[model][str(p_random)] = {"seeds": len(values), "epochs": epochs.tolist()} | {
                 name.removesuffix("/mean"): curves(same, name)[1].mean(0).tolist()
                 for name in (*names, "train_accuracy", "test_accuracy")
@@ -45,11 +45,12 @@ def table(records: list[dict]) -> str:
     ]
     for model, shares in summary(records).items():
         for p_random, s in shares.items():
-            best = int(np.nanargmax(s["gsnr"]))
+            best = int(np.nanargmax(s["gsnr_plain"]))
             lines.append(
-                f"{model:>19}  {p_random:>8}  {s['seeds']:5d}  {s['gsnr'][0]:12.4f}"
-                f"  {s['gsnr'][best]:10.4f} ({s['epochs'][best]:5.0f})  {s['gsnr'][-1]:7.4f}"
-                f"  {s['same_sign'][0]:16.1%}  {s['same_sign'][-1]:5.1%}"
+                f"{model:>19}  {p_random:>8}  {s['seeds']:5d}  {s['gsnr_plain'][0]:12.4f}"
+                f"  {s['gsnr_plain'][best]:10.4f} ({s['epochs'][best]:5.0f})"
+                f"  {s['gsnr_plain'][-1]:7.4f}"
+                f"  {s['same_sign_plain'][0]:16.1%}  {s['same_sign_plain'][-1]:5.1%}"
                 f"  {s['train_accuracy'][-1]:10.1%}  {s['test_accuracy'][-1]:9.1%}"
             )
     return "\n".join(lines)
@@ -97,7 +98,7 @@ def _row(row, records, p_random):
     """The curves of one network and one share of random labels."""
     shares = {0.0: (REAL, "real labels"), 1.0: (RANDOM, "random labels")}
     colour, label = shares.get(p_random, (BETWEEN, f"p_random = {p_random:g}"))
-    draw_mean(row[0], *curves(records, "gsnr/mean"), color=colour, label=label)
+    draw_mean(row[0], *curves(records, "gsnr_plain/mean"), color=colour, label=label)
     for name, line in SIGNS.items():
         draw_mean(row[1], *curves(records, name), color=colour, linestyle=line)
     for name, line in (("train_accuracy", "-"), ("test_accuracy", "--")):
@@ -123,7 +124,7 @@ def claims(records: list[dict]) -> list[Claim]:
 
 
 def _rises(model, real):
-    epochs, values = curves(real, "gsnr/mean")
+    epochs, values = curves(real, "gsnr_plain/mean")
     start, mean, late = values[:, 0], values.mean(0), _late(values)
     rise, error = over_seeds(late - start)
     best = int(mean.argmax())
@@ -139,7 +140,7 @@ def _rises(model, real):
 
 
 def _separates(model, real, random):
-    both = [curves(share, "gsnr/mean") for share in (real, random)]
+    both = [curves(share, "gsnr_plain/mean") for share in (real, random)]
     epochs = sorted(set(both[0][0]) & set(both[1][0]) - {0})
     high, low = (values.mean(0)[np.isin(own, epochs)] for own, values in both)
     bias = 1 / column(real, "count").mean()
@@ -156,7 +157,7 @@ def _separates(model, real, random):
 
 
 def _signs(model, real):
-    _, majority = curves(real, "same_sign/mean")
+    _, majority = curves(real, "same_sign_plain/mean")
     _, step = curves(real, "step_sign/mean")
     rise, step_rise = (over_seeds(_late(v) - v[:, 0]) for v in (majority, step))
     starts = abs(majority[:, 0].mean() - 0.5) < 0.02
@@ -181,7 +182,7 @@ WHY_SIGNS = (
 
 
 def _declines(model, real):
-    epochs, values = curves(real, "gsnr/mean")
+    epochs, values = curves(real, "gsnr_plain/mean")
     mean = values.mean(0)
     falls = beyond(*over_seeds(values[:, 0] - _late(values)))
     rank = _spearman(epochs, mean)

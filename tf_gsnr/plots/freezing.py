@@ -26,10 +26,10 @@ def features(records: list[dict], seed: int | None = None) -> list[dict]:
       correlation with the target `correlation_start` and `correlation_max`, at the maximum.
     """
     path = _path(records, seed)
-    names = [k.removeprefix("gsnr/") for k in path[0] if k.startswith("gsnr/feature")]
+    names = [k.removeprefix("gsnr_plain/") for k in path[0] if k.startswith("gsnr_plain/feature")]
     rows = []
     for name in names:
-        ratio = column(path, f"gsnr/{name}")
+        ratio = column(path, f"gsnr_plain/{name}")
         if not np.isfinite(ratio).any():
             continue
         best = int(np.nanargmax(ratio))
@@ -58,7 +58,7 @@ def summary(records: list[dict]) -> dict:
     found = {}
     for frozen, label in ((False, "whole"), (True, "frozen")):
         if any(r["frozen"] == frozen for r in records):
-            steps, values = curves(records, frozen, "gsnr/second_layer")
+            steps, values = curves(records, frozen, "gsnr_plain/second_layer")
             mean = values.mean(0)
             found[label] = {
                 "seeds": len(values),
@@ -113,7 +113,7 @@ def claims(records: list[dict]) -> list[Claim]:
 
 
 def _rises(records):
-    steps, values = curves(records, False, "gsnr/second_layer")
+    steps, values = curves(records, False, "gsnr_plain/second_layer")
     mean = values.mean(0)
     best = int(mean.argmax())
     rise, se = over_seeds(values[:, best] - values[:, 0])
@@ -130,7 +130,7 @@ def _rises(records):
 
 
 def _stays_low(records):
-    steps, values = curves(records, True, "gsnr/second_layer")
+    steps, values = curves(records, True, "gsnr_plain/second_layer")
     mean, changes = values.mean(0), values - values[:, :1]
     early = mean[1 : max(2, len(mean) // 4)]  # [ours] "in the beginning": the first quarter
     lowest, highest = 1 + int(early.argmin()), 1 + int(mean[1:].argmax())
@@ -179,7 +179,7 @@ def figure(records: list[dict]) -> plt.Figure:
     for frozen in (False, True):
         if not any(r["frozen"] == frozen for r in records):
             continue
-        steps, values = curves(records, frozen, "gsnr/second_layer")
+        steps, values = curves(records, frozen, "gsnr_plain/second_layer")
         style.draw_mean(left, steps, values, color=COLOURS[frozen], label=LABELS[frozen])
     left.set(
         xlabel="gradient-descent step", ylabel="GSNR, mean over the second layer", ylim=(0, None)
@@ -188,8 +188,8 @@ def figure(records: list[dict]) -> plt.Figure:
     left.legend(frameon=False)
     path = _path(records)
     marked = {row["feature"] for row in features(records)} if path else set()
-    for name in [k for k in (path[0] if path else {}) if k.startswith("gsnr/feature")]:
-        number = int(name.removeprefix("gsnr/feature"))
+    for name in [k for k in (path[0] if path else {}) if k.startswith("gsnr_plain/feature")]:
+        number = int(name.removeprefix("gsnr_plain/feature"))
         right.plot(
             column(path, "epoch"),
             column(path, name),

@@ -9,13 +9,13 @@ import math
 import platform
 
 import keras
-import numpy as np
 import tensorflow as tf
 from absl import logging
 
 import tf_gsnr
-from tf_gsnr import gradients
-from tf_gsnr.metrics import ratio_of_sums
+from tf_gsnr import gradients, metrics
+from tf_gsnr.gradients import examples as data
+from tf_gsnr.gradients import losses
 from tf_gsnr.records import RunDirectory
 from tf_gsnr.training import gap, probe, schedule, tensorboard
 
@@ -26,40 +26,50 @@ class GSNRCallback(keras.callbacks.Callback):
     The training is bit for bit the one without it. What it finds goes into the logs, where History,
     CSVLogger, TensorBoard, EarlyStopping and so on see it: put it before them in `callbacks`.
 
-        gsnr/mean, gsnr/median, gsnr/p95         GSNR of the parameters (25)
-        gsnr_corrected/mean, .../median          free of the bias 1/n of a probe set of n examples
-        gsnr/same_sign, gsnr/noise_scale, gsnr/osgr_predicted, gsnr/dead         see `summarize`
+        gsnr/mean, gsnr/median, gsnr/p95      GSNR of the parameters
+        gsnr/same_sign, gsnr/noise_scale      see `summarize`
+        gsnr/osgr_predicted                   (19) for N training examples
+        gsnr/dead                             parameters without variance
+        gsnr_plain/mean                       (25) as the paper has it, too large by about 1/n
 
-    With `test_data` also, for one step of the real optimiser at each measurement, by the losses
-    before and after it:
+    all at the same parameters, corrected for the size of the probe set where they are not called
+    plain, and NaN where the signal cannot be told from zero; once an epoch it is logged why. With
+    `test_data` also, for one step of the real optimiser at each measurement, by the losses before
+    and after it:
 
         gsnr/osgr_measured    decrease of the test loss over that of the probe's, (23); a ratio of
-                              sums over the epoch's measured steps
-        gsnr/osgr_predicted   (19) for N training examples, from the gradients before the step
-        gsnr/gap              test loss minus the probe's loss, after the step
-        gsnr/gap_predicted    (14) added up over all steps so far; each step that is not measured
-                              counts as the last that was. For optimisers with a diagonal
-                              preconditioner an approximation, see `gap.py`
+                              sums over the epoch's measured steps, NaN where the probe's loss did
+                              not fall
+        gsnr/gap              by how much the gap between the test loss and the probe's has grown
+                              since the first measured step began
+        gsnr/gap_predicted    the same by (14), added up over all steps since then; each step that
+                              is not measured counts as the last that was. For optimisers with a
+                              diagonal preconditioner an approximation, see `gap.py`
 
-    The probe set then stands for the training set: give training examples, all or a random part.
+    The two gaps are of the same moment: the end of the last measured step, or of the epoch that was
+    measured. The probe set stands for the training set: give training examples, all or a random
+    part.
 
-    Until something is measured the logs say NaN, and between measurements the last numbers stay.
+    The columns are the same in every epoch. Until something is measured they say NaN, and between
+    measurements the last numbers stay.
 
     Args:
-      x, y: the probe set, arrays.
+      x, y: the probe set, as `gradient_moments` takes it; a dataset, which holds its own targets,
+        is read once and kept.
       sample_weight: `[examples]` factors of the examples' losses.
       every_epochs: measure at the end of every so many-th epoch; the default is 1.
       every_steps: measure before step 0, k, 2k, ...
       schedule: measure before the steps that it names: `linear`, `logarithmic` or `listed` of
         `tf_gsnr.training.schedule`, or any callable `step -> bool`. Give one of the three only.
-      test_data: `(x, y)` that are not trained on.
+      test_data: `(x, y)`, or a dataset of them, that are not trained on.
       examples: N, the number of training examples; default: the size of the probe set.
       per_layer: also `gsnr/<variable path>` and `gsnr/gap_share/<layer>`.
       sign_counts: whether to measure `same_sign`.
       run_dir: a directory for config.json and records.jsonl, as the experiments write.
       overwrite: whether an earlier run in `run_dir` may be thrown away.
       log_dir: a directory for TensorBoard, with histograms of the parameters' GSNR per variable.
-      loss, engine, batch_size, training, batch_norm, seed, jit_compile: of `gradient_moments`.
+      loss, engine, batch_size, training, batch_norm, contributions, seed, jit_compile: of
+        `gradient_moments`.
 
     Raises:
       ValueError: an argument is not usable; or, when training begins, the probe set does not fit
@@ -80,7 +90,7 @@ class GSNRCallback(keras.callbacks.Callback):
     def __init__(
         self,
         x,
-        y,
+        y=None,
         *,
         sample_weight=None,
         every_epochs: int | None = None,
@@ -96,12 +106,13 @@ class GSNRCallback(keras.callbacks.Callback):
         **options,
     ):
         super().__init__()
-        self._x, self._y = _arrays("x", x), _arrays("y", y)
-        self._test = test_data
-        if test_data is not None and (
-            not isinstance(test_data, (tuple, list)) or len(test_data) != 2
-        ):
-            raise ValueError("test_data: expected a pair (x, y) of arrays")
+        self._x, self._y, sample_weight = data.collect(x, y, sample_weight)
+        self._test = None
+        if test_data is not None:
+            pair = (test_data, None) if data.is_stream(test_data) else test_data
+            if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+                raise ValueError("test_data: expected a pair (x, y) of arrays, or a dataset")
+            self._test = data.collect(*pair)[:2]
         self._due_epoch, self._due_step, self.cadence = _cadence(
             every_epochs, every_steps, schedule
         )
@@ -111,26 +122,28 @@ class GSNRCallback(keras.callbacks.Callback):
         gradients.check_engine_name(options.get("engine", "auto"))
         self._options = dict(options, sample_weight=sample_weight, sign_counts=sign_counts)
         self._batch_size = options.get("batch_size", 256)
-        self._examples = examples or len(tf.nest.flatten(self._y)[0])
+        self._examples = examples or data.count(self._x)
         self._per_layer = per_layer
         self._run_dir, self._overwrite, self._log_dir = run_dir, overwrite, log_dir
         self._directory = self._writer = self._losses = None
         self._step = 0  # steps done since the start of all training
         self._latest = {}
+        self._untold = {}  # by reason, which columns of the epoch's last measurement are NaN
         self._before = None  # (moments, record, probe loss, test loss) before the measured step
         self._decreases = []  # of the (test, probe) loss in this epoch's measured steps
         self._growth = 0.0  # predicted, per step
-        self._gap_predicted = 0.0
+        self._first_gap = None  # test loss minus probe loss where the first measured step began
+        self._gap_predicted = 0.0  # grown since then
 
     def on_train_begin(self, logs=None):
-        if self.model.loss is None and self._options.get("loss") is None:
-            raise ValueError("the model is not compiled with a loss: pass loss= to GSNRCallback")
+        losses.of_batch(self.model, self._options.get("loss"))  # raises where there is none
         probe.check_fits(self.model, self._x, "x")
         if self._test is not None:
             probe.check_fits(self.model, self._test[0], "test_data")
             self._losses = probe.loss_function(self.model, self._options.get("loss"))
             if not gap.supported(self.model.optimizer):
                 logging.info("gsnr/gap_predicted is not known for this optimiser")
+        self._latest = dict.fromkeys(self._columns(), math.nan) | self._latest
         if self._run_dir is not None and self._directory is None:
             self._directory = RunDirectory(
                 self._run_dir, self._settings(), overwrite=self._overwrite
@@ -141,7 +154,7 @@ class GSNRCallback(keras.callbacks.Callback):
 
     def on_epoch_begin(self, epoch, logs=None):
         self._epoch = epoch
-        self._decreases = []
+        self._decreases, self._untold = [], {}
         self._epoch_step = self._due_epoch(epoch + 1) and self._test is not None
 
     def on_train_batch_begin(self, batch, logs=None):
@@ -158,14 +171,18 @@ class GSNRCallback(keras.callbacks.Callback):
         self._step += steps
         if self._before is not None:
             self._after(steps)
-        self._gap_predicted += steps * self._growth
-        if self._test is not None and "gsnr/gap" in self._latest:
-            self._latest["gsnr/gap_predicted"] = self._gap_predicted
+        else:
+            self._gap_predicted += steps * self._growth
         self._into(logs)
 
     def on_epoch_end(self, epoch, logs=None):
         if self._due_epoch(epoch + 1):
-            self._measure(record=True)
+            _, found = self._measure(record=False)
+            if self._first_gap is not None:
+                found = found | self._gaps(*self._both_losses())
+            self._record(found)
+        for why, names in self._untold.items():
+            logging.warning("epoch %d: %s: %s", epoch + 1, ", ".join(names), why)
         self._into(logs)
 
     def on_train_end(self, logs=None):
@@ -179,9 +196,13 @@ class GSNRCallback(keras.callbacks.Callback):
             raise ValueError(
                 f"the probe set does not fit model {self.model.name!r}: {error.message}"
             ) from error
-        if self._test is not None:
-            found["osgr_predicted"] = probe.osgr_for(moments, self._examples)
+        found["osgr_predicted"] = metrics.osgr(moments, self._examples)
         self._latest |= {_log_name(k): v for k, v in found.items() if self._is_logged(k)}
+        self._untold = {}
+        for why, names in metrics.why_nan(moments, self.model, found).items():
+            names = [_log_name(name) for name in names if self._is_logged(name)]
+            if names:
+                self._untold[f"{why}; a larger probe set tells more"] = names
         if record:
             self._record(found)
         if self._writer is not None:
@@ -190,9 +211,21 @@ class GSNRCallback(keras.callbacks.Callback):
             )
         return moments, found
 
+    def _columns(self):
+        """The names of all that will ever be logged."""
+        names = [name for name in _LOGGED if name != "same_sign/mean"]
+        if self._options["sign_counts"]:
+            names.append("same_sign/mean")
+        if self._test is not None:
+            names += ["osgr_measured", "gap", "gap_predicted"]
+        if self._per_layer:
+            paths = [v.path for v in self.model.trainable_variables]
+            names += [f"gsnr/{path}" for path in paths]
+            names += [f"gap_share/{layer}" for layer in metrics.by_layer(paths)]
+        return [_log_name(name) for name in names]
+
     def _is_logged(self, name):
-        of_a_layer = name.startswith(("gsnr/", "gap_share/"))
-        return name in _LOGGED or self._per_layer and of_a_layer
+        return _log_name(name) in self._latest
 
     def _both_losses(self):
         size = self._batch_size
@@ -204,37 +237,42 @@ class GSNRCallback(keras.callbacks.Callback):
         self._before = None
         probe_loss, test_loss = self._both_losses()
         self._decreases.append((test_before - test_loss, probe_before - probe_loss))
-        measured = {
-            "osgr_measured": ratio_of_sums(*zip(*self._decreases))[0],
-            "gap": test_loss - probe_loss,
-        }
-        self._latest |= {_log_name(name): value for name, value in measured.items()}
+        if self._first_gap is None:
+            self._first_gap = test_before - probe_before
         growth = math.nan
         if gap.supported(self.model.optimizer):
             growth = probe.predicted_growth(moments, self.model.optimizer, self._examples)
         self._growth = growth
+        self._gap_predicted += steps * growth
+        gaps = self._gaps(probe_loss, test_loss)
+        test_falls, probe_falls = map(sum, zip(*self._decreases))
+        measured = {"osgr_measured": test_falls / probe_falls if probe_falls > 0 else math.nan}
+        self._latest |= {_log_name(name): value for name, value in measured.items()}
         self._record(
             found
             | measured
+            | gaps
             | {
                 "step_probe_decrease": probe_before - probe_loss,
                 "step_test_decrease": test_before - test_loss,
                 "step_gap_growth_predicted": steps * growth,
-                "gap_predicted": self._gap_predicted + steps * growth,
             }
         )
+
+    def _gaps(self, probe_loss, test_loss):
+        """The gap as it has grown until now, measured and predicted, into the logs."""
+        measured = test_loss - probe_loss - self._first_gap
+        gaps = {"gap": measured, "gap_predicted": self._gap_predicted}
+        self._latest |= {_log_name(name): value for name, value in gaps.items()}
+        return gaps
 
     def _record(self, found):
         if self._directory is not None:
             self._directory.append({"epoch": self._epoch, "step": self._step, **found})
 
     def _into(self, logs):
-        if logs is None:
-            return
-        if not self._latest:
-            names = ["gsnr/mean", "gsnr/median", "gsnr/p95", "gsnr_corrected/mean"]
-            logs.update(dict.fromkeys(names, math.nan))
-        logs.update(self._latest)
+        if logs is not None:
+            logs.update(self._latest)
 
     def _settings(self):
         optimizer = self.model.optimizer
@@ -244,8 +282,8 @@ class GSNRCallback(keras.callbacks.Callback):
             "parameters": self.model.count_params(),
             "optimizer": type(optimizer).__name__,
             "learning_rate": float(tf.convert_to_tensor(optimizer.learning_rate)),
-            "probe_examples": len(tf.nest.flatten(self._y)[0]),
-            "test_examples": len(tf.nest.flatten(self._test[1])[0]) if self._test else 0,
+            "probe_examples": data.count(self._x),
+            "test_examples": data.count(self._test[0]) if self._test else 0,
             "examples": self._examples,
             "cadence": self.cadence,
             "engine": self._options.get("engine", "auto"),
@@ -258,6 +296,7 @@ _OPTIONS = (
     "batch_size",
     "training",
     "batch_norm",
+    "contributions",
     "seed",
     "jit_compile",
     "dtype",
@@ -266,12 +305,11 @@ _LOGGED = (  # all that is measured would bury the loss in the progress bar
     "gsnr/mean",
     "gsnr/median",
     "gsnr/p95",
-    "gsnr_corrected/mean",
-    "gsnr_corrected/median",
     "same_sign/mean",
     "noise_scale",
     "osgr_predicted",
     "dead",
+    "gsnr_plain/mean",
 )
 
 
@@ -303,12 +341,6 @@ def _cadence(every_epochs, every_steps, due):
 
 def _never(_):
     return False
-
-
-def _arrays(name, value):
-    if value is None or isinstance(value, tf.data.Dataset):
-        raise ValueError(f"{name}={value!r}: expected arrays, a fixed set of examples")
-    return tf.nest.map_structure(lambda v: v if tf.is_tensor(v) else np.asarray(v), value)
 
 
 def _environment():

@@ -90,10 +90,21 @@ def _rest(part, whole):
     return tf.where(whole > 0, tf.clip_by_value(1 - share, 0.0, 1.0), 0.0)
 
 
-def expected(variances, factors):
-    """`sum_j P_j rho2_j`: N times the expected growth of the gap in a step. Float64 scalar."""
+def expected(variances, factors, scales=None):
+    """`sum_j P_j rho2_j`: N times the expected growth of the gap in a step. Float64 scalar.
+
+    Variables whose variance is NaN, as they were not measured, are left out; NaN if all are.
+
+    Args:
+      scales: per variable, by what its gradients were multiplied: the variances are by the square.
+    """
     terms = [tf.reduce_sum(tf.cast(f, v.dtype) * v) for f, v in zip(factors, variances)]
-    return tf.add_n([tf.cast(term, tf.float64) for term in terms])
+    terms = tf.stack([tf.cast(term, tf.float64) for term in terms])
+    if scales is not None:
+        terms /= tf.square(tf.cast(scales, tf.float64))
+    known = tf.math.is_finite(terms)
+    nothing = tf.constant(float("nan"), tf.float64)
+    return tf.where(tf.reduce_any(known), tf.reduce_sum(tf.where(known, terms, 0)), nothing)
 
 
 def _clipping(optimizer, gradients):

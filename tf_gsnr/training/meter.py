@@ -1,6 +1,10 @@
-"""What `GSNRModel` shows: a Keras metric whose state is Moments, and whose results are ratios.
+"""What `GSNRModel` shows: sums over an epoch's steps, and the ratios of these sums.
 
-Index letters: n the number of examples in the moments, j parameter, N of training examples.
+At each step the parameters are elsewhere, so moments of different steps are not merged: that would
+count the parameters' way as variance. What is added up is what each step knows without bias.
+
+Index letters: k measured step (1..K), B its number of examples, j parameter, N of training
+examples. g_j the mean gradient of a step, s2_j the unbiased variance, tr = sum_j s2_j.
 """
 
 from __future__ import annotations
@@ -14,128 +18,196 @@ from tf_gsnr.moments import Moments
 from tf_gsnr.training import gap
 
 SHOWN = ("gsnr", "gsnr_median", "same_sign", "noise_scale", "osgr", "gap_growth")
-MEDIAN_SAMPLE = 16384  # parameters: sorting all of a large model at every step would cost too much
+MEDIAN_SAMPLE = 16384  # parameters: sorting all of a large model would cost too much
+# Rows of `_sums`: S and V; then, of u_k = B |g|^2 - tr_k and tr_k, what `told_from_zero` asks for.
+SIGNAL, NOISE, TRACE, SQUARES, DIAGONAL, PRODUCTS, SIGNALS_SQUARED = range(7)
 
 
 class GSNRMeter(keras.metrics.Metric):
-    """A Keras metric over `Moments`: they are merged first, ratios are formed from the whole.
+    """Sums over steps of unbiased signals and of variances, apart; ratios where they are read.
 
-        gsnr         mean over j of r_j (25), parameters without variance left out
+    Each step counts by its number of examples: the signal of one is as uncertain as of another.
+
+        S_j = sum_k B (g_j^2 - s2_j / B),   V_j = sum_k B s2_j      per parameter, r_j = S_j / V_j
+        S = sum_j S_j,   V = sum_j V_j
+
+        gsnr         mean over j of r_j, parameters without variance left out
         gsnr_median  their median (of at most 16,384 evenly spaced ones)
-        same_sign    mean over j of max(n+, n-) / (n+ + n-)
-        noise_scale  tr(Sigma) / |G|^2, in examples
-        osgr         |G|^2 / (|G|^2 + tr(Sigma) / N), which is (19) for the N training examples
-        gap_growth   1/N sum_steps sum_j P_j rho2_j, (14) accumulated; see `gap.py`
+        same_sign    the chance that the gradients of two examples of a step have the same sign, the
+                     mean over steps and over parameters where two examples have one
+        noise_scale  V / S = tr(Sigma) / |G|^2, in examples
+        osgr         S / (S + V / N) = |G|^2 / (|G|^2 + tr(Sigma) / N): (19) for N training examples
+        gap_growth   1/N sum_steps sum_j P_j s2_j, (14) accumulated; see `gap.py`
+
+    NaN where the signal cannot be told from zero (`metrics.told_from_zero`), and before the first
+    measured step; `reasons` says why.
 
     Args:
-      network: the model that is measured, built.
-      shown: which of these.
-      pool: "epoch" merges the batches of an epoch, "batch" keeps the last.
-      bias_corrected: whether the estimates are unbiased at small n: r_j = g_j^2 / s2_j - 1/n and
-        |G|^2 = |g|^2 - sum_j s2_j / n, s2 with ddof 1.
+      variables: those that are measured, built.
+      shown: which of these numbers.
+      pool: "epoch" sums from the epoch's start, "batch" keeps the last measured step alone.
+      bias_corrected: False shows the paper's plain estimates, of sums of g_j^2 and rho2_j and of
+        max(n+, n-) / n, untested.
       per_layer: also `gsnr/<layer path>`, the mean over each layer's parameters.
       examples: N, where it is known.
+      paths: of the variables, if not their own.
     """
 
     def __init__(
-        self, network, shown, *, pool, bias_corrected, per_layer, examples=None, name="gsnr_meter"
+        self,
+        variables,
+        shown,
+        *,
+        pool,
+        bias_corrected,
+        per_layer,
+        examples=None,
+        paths=None,
+        name="gsnr_meter",
     ):
         super().__init__(name=name)
         self.shown = tuple(shown)
-        self._pool = pool
+        self._last_only = pool == "batch"
         self._bias_corrected = bias_corrected
-        measured = network.trainable_variables
-        self._indices = _by_layer(measured) if per_layer else {}
+        paths = [v.path for v in variables] if paths is None else list(paths)
+        layers = metrics.by_layer(paths) if per_layer else {}
+        self._layers = list(layers)
+        whole = range(len(paths))
+        # Which variables belong to the whole model, and to each layer: [1 + layers, variables].
+        self._members = np.array(
+            [[i in group for i in whole] for group in (whole, *layers.values())], np.float64
+        )
 
-        def scalar(name, dtype="float32", value=0):
+        def state(name, shape=(), dtype="int64", value=0):
             initial = keras.initializers.Constant(value)
-            return self.add_variable((), initial, dtype, "only_first_replica", name)
+            return self.add_variable(shape, initial, dtype, "only_first_replica", name)
 
-        def state(name, dtype=None):
-            return [
-                self.add_variable(
-                    v.shape, "zeros", dtype or v.dtype, "only_first_replica", f"{name}_{index}"
-                )
-                for index, v in enumerate(measured)
-            ]
-
-        self.steps = scalar("steps", "int64")  # training steps since the start
-        self.seen = scalar("seen", "int64")  # examples in this epoch
-        self.examples = scalar("examples", "int64", examples or 0)  # N as told; 0 if not
-        self._learnt = scalar("learnt", "int64")  # N as counted in the longest epoch so far
-        self._gap = scalar("gap", "float64")  # N times gap_growth
-        names = [*self._ratios(), *(f"gsnr/{layer}" for layer in self._indices)]
-        self._last = {k: scalar(k.replace("/", "_"), value=np.nan) for k in names}
-        self._count = scalar("count", "int64")
-        self._mean, self._m2 = [], []
-        if pool == "epoch":
-            self._mean, self._m2 = state("mean"), state("m2")
-        signs = pool == "epoch" and self.sign_counts
-        self._positives, self._negatives = [
-            state(k, "int64") if signs else [] for k in ("positives", "negatives")
-        ]
+        self.steps = state("steps")  # training steps since the start
+        self.seen = state("seen")  # examples in this epoch
+        self.examples = state("examples", value=examples or 0)  # N as told; 0 if not
+        self._learnt = state("learnt")  # N as counted in the longest epoch so far
+        self._gap = state("gap", dtype="float64")  # N times gap_growth
+        self._growth = state("growth", dtype="float64", value=np.nan)  # of it, in the last step
+        # From here on: since the epoch's start, or of the last measured step.
+        self._measured = state("measured")  # K
+        self._counted = state("counted")  # examples in these steps
+        self._alone = state("alone")  # steps of fewer than two examples
+        self._sums = state("sums", [7, len(self._members)], "float64")
+        self._agreement = state("agreement", [2], "float64")
+        self._units = state("units", [len(paths)], "float32")  # of the sums below; 0: empty
+        self._signal, self._noise = [], []
+        if {"gsnr", "gsnr_median"} & set(shown) or layers:
+            for name, into in (("signal", self._signal), ("noise", self._noise)):
+                for i, v in enumerate(variables):
+                    dtype = "float64" if v.dtype == "float64" else "float32"
+                    into.append(state(f"{name}_{i}", v.shape, dtype))
 
     @property
     def sign_counts(self) -> bool:
         """Whether the moments are to come with sign counts."""
         return "same_sign" in self.shown
 
-    def _ratios(self):
-        names = {"gsnr": ["gsnr"], "gsnr_median": ["gsnr_median"], "same_sign": ["same_sign"]}
-        names |= {"noise_scale": ["trace", "signal"], "osgr": ["trace", "signal"]}
-        return dict.fromkeys(name for k in self.shown for name in names.get(k, []))
-
-    def update_state(self, moments: Moments, optimizer, every: int = 1):
-        """Merges a batch's moments and forms the ratios anew.
+    def update_state(self, moments: Moments, optimizer, every: int = 1, scales=None):
+        """Adds a step.
 
         Args:
-          moments: of the global batch.
+          moments: of the global batch. A variable of NaN was not measured. Of fewer than two
+            examples they add nothing.
           optimizer: after the step, for `gap_growth`.
-          every: how many steps this one stands for.
+          every: how many steps this one stands for in `gap_growth`.
+          scales: float `[variables]`, powers of two by which the gradients were multiplied, lest
+            their squares underflow; None for 1.
         """
+        count = tf.cast(moments.count, tf.float64)
+        usable = count > 1
+        free = tf.where(usable, 1 / tf.maximum(count - 1, 1), 0)  # 1 / (B - 1); 0: adds nothing
+        keep = tf.where(usable, 0.0, 1.0) if self._last_only else tf.constant(1.0)
+        keep = tf.cast(keep, tf.float64)
         if "gap_growth" in self.shown:
-            factors = gap.preconditioner(optimizer, moments.mean)
-            self._gap.assign_add(every * gap.expected(moments.variance(1), factors))
-        if self._pool == "epoch":
-            moments = self._merged(moments)
-        ddof = 1 if self._bias_corrected else 0
-        variance = moments.variance(ddof)
-        if any(k in self._last for k in ("gsnr", "gsnr_median")) or self._indices:
-            ratios = metrics.gsnr(moments, self._bias_corrected)
-            self._form("gsnr", lambda: arrays.mean(arrays.flat(ratios)))
-            self._form("gsnr_median", lambda: arrays.quantile(_spaced(ratios), 0.5))
-            for layer, indices in self._indices.items():
-                of_layer = arrays.flat([ratios[i] for i in indices])
-                self._form(f"gsnr/{layer}", lambda values=of_layer: arrays.mean(values))
-        if "same_sign" in self._last:
-            self._form("same_sign", lambda: arrays.mean(arrays.flat(metrics.same_sign(moments))))
-        if "trace" in self._last:
-            trace = arrays.total(variance)
-            signal = arrays.total([g**2 for g in moments.mean])
-            if self._bias_corrected:
-                signal -= trace / tf.cast(moments.count, signal.dtype)
-            self._last["trace"].assign(trace)
-            self._last["signal"].assign(signal)
+            self._grow(moments, optimizer, every, scales, usable, free)
+        # signal B g^2 - s2 = a g^2 - b m2; noise B s2 = c m2. Plain: B g^2 and B rho2 = m2.
+        a = tf.where(usable, count, 0)
+        b, c = (free, count * free) if self._bias_corrected else (0 * free, tf.where(usable, 1, 0))
+        c = tf.cast(c, tf.float64)
+        self._add_arrays(moments, a, b, c, keep, usable, scales)
+        self._add_sums(moments, a, b, c, free, keep, scales)
+        if self.sign_counts:
+            agreement = a * tf.stack(_agreement(moments, self._bias_corrected))
+            self._agreement.assign(keep * self._agreement.value + agreement)
+        one, kept = tf.cast(usable, tf.int64), tf.cast(keep, tf.int64)
+        self._measured.assign(kept * self._measured.value + one)
+        self._counted.assign(kept * self._counted.value + one * moments.count)
+        self._alone.assign_add(1 - one)
 
-    def _form(self, name, value):
-        if name in self._last:
-            self._last[name].assign(value())
-
-    def _merged(self, moments):
-        def values(variables):
-            return [tf.convert_to_tensor(v.value) for v in variables]
-
-        before = Moments(
-            tf.convert_to_tensor(self._count.value),
-            tf.zeros([], tf.float64),
-            *map(values, (self._mean, self._m2, self._positives, self._negatives)),
+    def _grow(self, moments, optimizer, every, scales, usable, free):
+        mean = moments.mean
+        if scales is not None:
+            mean = [g / tf.cast(s, g.dtype) for g, s in zip(mean, tf.unstack(scales))]
+        factors = gap.preconditioner(optimizer, mean)
+        growth = free * gap.expected(moments.m2, factors, scales)
+        growth = tf.where(usable, growth, self._growth.value)  # one example: as the step before
+        self._growth.assign(growth)
+        self._gap.assign_add(
+            every * tf.where(tf.math.is_nan(growth), tf.zeros_like(growth), growth)
         )
-        after = before.merge(moments)
-        self._count.assign(after.count)
-        for name in ("mean", "m2", "positives", "negatives"):
-            for variable, value in zip(getattr(self, f"_{name}"), getattr(after, name)):
-                variable.assign(value)
-        return after
+
+    def _add_arrays(self, moments, a, b, c, keep, usable, scales):
+        """S_j and V_j, of gradients in units of 1 / `_units`."""
+        if not self._signal:
+            return
+        old = new = None
+        if scales is not None:
+            # The smaller scale of the two, so that whatever is rescaled becomes smaller.
+            scales = tf.where(scales > 0, tf.cast(scales, tf.float32), 1)
+            units = self._units.value * tf.cast(keep, tf.float32)
+            after = tf.where(units > 0, tf.minimum(units, scales), scales)
+            after = tf.where(usable, after, self._units.value)
+            old = tf.unstack(tf.square(tf.where(units > 0, after / tf.maximum(units, 1e-38), 1)))
+            new = tf.unstack(tf.cast(tf.square(after / scales), tf.float64))
+            self._units.assign(after)
+        for i, (mean, m2) in enumerate(zip(moments.mean, moments.m2)):
+            signal, noise = self._signal[i], self._noise[i]
+            to = 1 if new is None else new[i]
+            a_i, b_i, c_i = (tf.cast(x * to, noise.dtype) for x in (a, b, c))
+            mean, m2 = tf.cast(mean, noise.dtype), tf.cast(m2, noise.dtype)
+            added = a_i * tf.square(mean)
+            if self._bias_corrected:
+                added -= b_i * m2
+            for variable, value in ((signal, added), (noise, c_i * m2)):
+                if old is None and not self._last_only:
+                    variable.assign_add(value)
+                    continue
+                factor = tf.cast(keep, noise.dtype)
+                factor *= 1 if old is None else tf.cast(old[i], noise.dtype)
+                before = tf.convert_to_tensor(variable.value)
+                variable.assign(tf.math.multiply_no_nan(before, factor) + value)
+
+    def _add_sums(self, moments, a, b, c, free, keep, scales):
+        """S, V and what `metrics.told_from_zero` asks for, of the model and of each layer."""
+
+        def per_variable(values, power):
+            sums = tf.stack([tf.cast(v, tf.float64) for v in values])
+            if scales is not None:
+                sums /= tf.where(scales > 0, tf.cast(scales, tf.float64), 1) ** power
+            return sums
+
+        # l2_loss(x) is sum(x^2) / 2 without an array in between.
+        squares = per_variable([2 * tf.nn.l2_loss(g) for g in moments.mean], 2)
+        m2 = per_variable([tf.reduce_sum(v) for v in moments.m2], 2)
+        diagonal = per_variable([2 * tf.nn.l2_loss(v) for v in moments.m2], 4)
+        known = tf.math.is_finite(squares) & tf.math.is_finite(m2)
+
+        def of_groups(values):
+            return tf.linalg.matvec(self._members, tf.where(known, values, 0))
+
+        squares, m2, diagonal = of_groups(squares), of_groups(m2), of_groups(diagonal)
+        trace = free * m2
+        u = a * squares - trace
+        rows = [None] * 7
+        rows[SIGNAL], rows[NOISE] = a * squares - b * m2, c * m2
+        rows[TRACE], rows[SQUARES], rows[DIAGONAL] = trace, trace**2, free**2 * diagonal
+        rows[PRODUCTS], rows[SIGNALS_SQUARED] = u * trace, u**2
+        self._sums.assign(keep * self._sums.value + tf.stack(rows))
 
     def advance(self, batch):
         """Counts a step of so many examples, measured or not."""
@@ -143,53 +215,144 @@ class GSNRMeter(keras.metrics.Metric):
         self.seen.assign_add(tf.cast(batch, tf.int64))
 
     def result(self) -> dict:
-        """The latest numbers, in the order of `shown`; NaN before the first measured step."""
+        """The numbers, in the order of `shown`; NaN as the class says."""
         known, learnt, seen = (
             tf.convert_to_tensor(v.value) for v in (self.examples, self._learnt, self.seen)
         )
-        n = tf.cast(tf.where(known > 0, known, tf.maximum(learnt, seen)), tf.float32)
+        n = tf.cast(tf.where(known > 0, known, tf.maximum(learnt, seen)), tf.float64)
+        sums = tf.convert_to_tensor(self._sums.value)
+        told, bound = self._told(sums)
+        signal, noise = sums[SIGNAL][0], sums[NOISE][0]
         results = {}
         for name in self.shown:
             if name == "gap_growth":
-                results[name] = tf.cast(self._gap.value, tf.float32) / n
-            elif name in ("noise_scale", "osgr"):
-                trace, signal = (tf.convert_to_tensor(self._last[k]) for k in ("trace", "signal"))
-                if name == "osgr":
-                    results[name] = arrays.divide(signal, signal + trace / n, np.nan)
-                else:
-                    results[name] = arrays.divide(trace, tf.maximum(signal, 0.0), np.inf)
+                known = ~tf.math.is_nan(self._growth.value)
+                value = tf.where(
+                    known, arrays.divide(tf.convert_to_tensor(self._gap.value), n, np.nan), np.nan
+                )
+            elif name == "noise_scale":
+                value = tf.where(told[0], arrays.divide(noise, signal, np.nan), np.nan)
+            elif name == "osgr":
+                whole = signal + arrays.divide(noise, n, np.nan)
+                value = tf.where(told[0], arrays.divide(signal, whole, np.nan), np.nan)
+            elif name == "same_sign":
+                agreeing, pairs = tf.unstack(self._agreement.value)
+                value = arrays.divide(agreeing, pairs, np.nan)
             else:
-                results[name] = tf.convert_to_tensor(self._last[name])
-        for layer in self._indices:
-            results[f"gsnr/{layer}"] = tf.convert_to_tensor(self._last[f"gsnr/{layer}"])
-        return results
+                value = None  # below
+            results[name] = value
+        if self._signal:
+            means, median = self._ratios(told, bound)
+            values = {"gsnr": means[0], "gsnr_median": median}
+            results |= {name: value for name, value in values.items() if name in results}
+            results |= {f"gsnr/{k}": v for k, v in zip(self._layers, tf.unstack(means)[1:])}
+        return {name: tf.cast(value, tf.float32) for name, value in results.items()}
+
+    def _told(self, sums):
+        """Of the model and of each layer: whether |G|^2 is told from zero, and the bound."""
+        if not self._bias_corrected:
+            return sums[SIGNAL] > 0, None
+        terms = (sums[i] for i in (SIGNAL, TRACE, SQUARES, DIAGONAL))
+        n, k = self._examples_and_steps()
+        return metrics.told_from_zero(*terms, n, k, (sums[PRODUCTS], sums[SIGNALS_SQUARED]))
+
+    def _examples_and_steps(self):
+        counts = (self._counted, self._measured)
+        return (tf.cast(tf.maximum(v.value, 1), tf.float64) for v in counts)
+
+    def _ratios(self, told, bound):
+        """Means over the model and over each layer `[1 + layers]`, and the model's median."""
+        ratios = [
+            arrays.divide(*(tf.convert_to_tensor(v.value) for v in pair), np.nan)
+            for pair in zip(self._signal, self._noise)
+        ]
+        alive = [~tf.math.is_nan(r) for r in ratios]
+        totals, counts = (
+            tf.linalg.matvec(self._members, tf.stack([tf.cast(v, tf.float64) for v in values]))
+            for values in (
+                [tf.reduce_sum(tf.where(a, r, 0)) for a, r in zip(alive, ratios)],
+                [tf.math.count_nonzero(a) for a in alive],
+            )
+        )
+        means = arrays.divide(totals, counts, np.nan)
+        if self._bias_corrected:
+            told &= metrics.mean_told_from_zero(means, bound, *self._examples_and_steps())
+        means = tf.where(told, means, np.nan)
+        median = tf.cast(arrays.quantile(_spaced(ratios), 0.5), tf.float64)
+        return means, tf.where(told[0], median, np.nan)
 
     @property
     def result_names(self) -> list:
-        return [*self.shown, *(f"gsnr/{layer}" for layer in self._indices)]
+        return [*self.shown, *(f"gsnr/{layer}" for layer in self._layers)]
+
+    def reasons(self) -> list:
+        """Why what is NaN is NaN, a line for each reason; at an epoch's end, outside a graph."""
+        steps, counted, alone = (
+            int(v.numpy()) for v in (self._measured, self._counted, self._alone)
+        )
+        groups = {f"gsnr/{layer}": i for i, layer in enumerate(self._layers, 1)}
+        varied = self._sums.numpy()[NOISE] > 0
+        found = {}
+        for name, value in self.result().items():
+            if not np.isnan(value):
+                continue
+            if alone and not steps:
+                why = (
+                    "a step of one example has no variance; take a batch_size of 2 or more, or "
+                    "measure with GSNRCallback"
+                )
+            elif not steps:
+                why = "no step was measured"
+            elif name == "gap_growth":
+                why = "no growth is known of any step so far"
+            elif not varied[groups.get(name, 0)]:
+                why = metrics.NOTHING_VARIES
+            elif name == "same_sign":
+                why = "no parameter has a gradient for two examples of a step"
+            else:
+                why = (
+                    f"{metrics.why_not_told(counted, steps)}; larger or more batches tell more, "
+                    "as does GSNRCallback on a large probe set"
+                )
+            found.setdefault(why, []).append(name)
+        return [f"{', '.join(names)}: {why}" for why, names in found.items()]
 
     def reset_state(self):
-        """At an epoch's start: the moments are emptied, what counts from the start is kept."""
+        """At an epoch's start: the sums are emptied, what counts from the start is kept."""
         self._learnt.assign(tf.maximum(self._learnt.value, self.seen.value))
-        for variable in [self.seen, self._count, *self._mean, *self._m2]:
-            variable.assign(tf.zeros(variable.shape, variable.dtype))
-        for variable in [*self._positives, *self._negatives]:
+        sums = [self._measured, self._counted, self._alone, self._sums, self._agreement]
+        for variable in [self.seen, *sums, self._units, *self._signal, *self._noise]:
             variable.assign(tf.zeros(variable.shape, variable.dtype))
 
     def save_own_variables(self, store):
-        for name in ("steps", "_learnt", "_gap"):
+        for name in _KEPT:
             store[name.strip("_")] = getattr(self, name).numpy()
 
     def load_own_variables(self, store):
-        for name in ("steps", "_learnt", "_gap"):
+        for name in _KEPT:
             getattr(self, name).assign(store[name.strip("_")][()])
 
 
-def _by_layer(variables) -> dict:
-    layers = {}
-    for index, variable in enumerate(variables):
-        layers.setdefault(variable.path.rpartition("/")[0] or variable.path, []).append(index)
-    return layers
+_KEPT = ("steps", "_learnt", "_gap", "_growth")
+
+
+def _agreement(moments, bias_corrected):
+    """The sum over parameters of `metrics.same_sign`, and over how many; float64 scalars."""
+    total = number = tf.zeros([], tf.float64)
+    for counts in zip(moments.positives, moments.negatives):
+        positive, negative = (tf.cast(v, tf.float32) for v in counts)
+        n = positive + negative
+        if bias_corrected:
+            pairs = n * n - n
+            split = tf.reduce_sum(tf.math.divide_no_nan(positive * negative, pairs))
+            there = tf.cast(tf.math.count_nonzero(pairs), tf.float64)
+            total += there - 2 * tf.cast(split, tf.float64)
+        else:
+            share = tf.math.divide_no_nan(tf.maximum(positive, negative), n)
+            there = tf.cast(tf.math.count_nonzero(n), tf.float64)
+            total += tf.cast(tf.reduce_sum(share), tf.float64)
+        number += there
+    return total, number
 
 
 def _spaced(ratios):

@@ -1,11 +1,12 @@
-"""`GSNRModel`: a Keras model that trains as before and shows its GSNR while it does.
+"""`GSNRModel`: gives a Keras model a training step that shows its GSNR, and changes nothing else.
 
 The step itself is in `step.py`, what is shown in `meter.py`.
 """
 
 from __future__ import annotations
 
-import contextlib
+import inspect
+import weakref
 
 import keras
 import numpy as np
@@ -13,29 +14,50 @@ import tensorflow as tf
 from absl import logging
 
 from tf_gsnr import gradients
-from tf_gsnr.gradients import contract, distributed, losses
-from tf_gsnr.moments import Moments
+from tf_gsnr.gradients import contract, distributed, examples
 from tf_gsnr.training import gap, step
 from tf_gsnr.training.meter import SHOWN, GSNRMeter
 
 POOLS = ("epoch", "batch")
+ENGINES = ("auto", "layerwise")
 
 
-@keras.saving.register_keras_serializable(package="tf_gsnr")
-class GSNRModel(keras.Model):
-    """Wraps a Keras model so that `fit` measures the GSNR of its parameters.
+def GSNRModel(  # noqa: N802 (one line of a script, in the place of a class)
+    model: keras.Model,
+    *,
+    engine: str = "auto",
+    measure_every: int = 1,
+    pool: str = "epoch",
+    bias_corrected: bool = True,
+    shown: tuple = SHOWN,
+    per_layer: bool = False,
+    examples: int | None = None,
+) -> keras.Model:
+    """Makes `fit` measure the GSNR of a model's parameters; returns the same model object.
 
-    `compile`, `fit`, `evaluate`, `predict` and `save` are used as before, and the training is the
-    same: the optimiser is given the mean of the per-example gradients. Beside the loss and metrics,
-    the progress bar, `History` and every callback see:
+    It stays the user's own: its class, its `compute_loss`, `compute_metrics`, `test_step`,
+    `predict_step`, its layers, how it is saved, loaded, cloned and pickled; what is saved is the
+    plain model and needs nothing of this package. Only its training step is another one, which
+    trains as Keras's does. Beside the loss and metrics, the progress bar, `History` and every
+    callback see:
 
         gsnr          mean of r_j = g_j^2 / rho2_j over the parameters (25)
         gsnr_median   their median
-        same_sign     mean share of the examples whose gradient has the majority's sign
+        same_sign     the chance that the gradients of two examples have the same sign
         noise_scale   tr(Sigma) / |G|^2, in examples
         osgr          one-step generalisation ratio that is predicted, (19)
         gap_growth    the generalisation gap that is expected from the steps so far, from the
                       training data alone: 1/N sum_steps lambda sum_j rho2_j, (14)
+
+    They are NaN where they cannot be told from zero; the reason is logged once an epoch. How each
+    is added up over the steps is in `GSNRMeter`.
+
+    On the first batch the sum of what is measured is compared, variable by variable, with the
+    ordinary gradient. What does not agree is trained with the ordinary gradient, is not measured
+    (NaN, and left out of the numbers of the whole), and is named once in a warning.
+
+    Where examples act on each other, through batch statistics or a contrastive loss, what is shown
+    is of each example's contribution to the batch's gradient; the first fit says so.
 
     `gap_growth` adds up, over all steps, by how much the gap between the loss on unseen data and
     the loss on the N training examples is expected to widen. Per step this is lambda sum_j
@@ -44,26 +66,22 @@ class GSNRModel(keras.Model):
     replaced by lambda / sqrt(v_j) and the like; see `tf_gsnr/training/gap.py`. With any other
     optimiser it is not shown. An unmeasured step counts as much as the measured one before it.
 
-    Only `fit` measures: `evaluate` and `predict` are the inner model's. Sample and class weights
-    weigh an example's gradient. Weight penalties train but are not part of any example's gradient.
-
     Args:
-      model: the model to train, built or not. It stays an ordinary model, which saves and loads
-        without this package: `gsnr_model.inner.save(...)`. If it is compiled already, its
-        optimizer, loss and metrics are taken over and `compile` need not be called.
-      engine: see `gradient_moments`.
+      model: the model to train, built or not, compiled or not. A `train_step` of its own is
+        refused: measure such a model by `GSNRCallback`.
+      engine: "auto" or "layerwise", which are the same here.
       measure_every: measure at every so many-th step; the steps between are plain Keras.
-      pool: "epoch" merges the moments of all measured batches of an epoch, "batch" shows the last
-        batch alone. Over an epoch the estimates are far less noisy, but the parameters move.
+      pool: "epoch" adds up all measured batches of an epoch, "batch" shows the last batch alone.
       bias_corrected: whether the estimates are corrected for the bias of small batches: without it
         a batch of 32 shows a GSNR of at least 1/32, more than its usual value.
       shown: which of the numbers above.
       per_layer: also show `gsnr/<layer path>` for each layer.
       examples: N, the number of training examples, for `osgr` and `gap_growth`. By default it is
-        the length of the arrays given to `fit`, or else what the longest epoch had so far.
+        the length of the arrays given to `fit`, or else what the longest epoch, or the loop over
+        `train_on_batch`, had so far.
 
     Raises:
-      ValueError: an argument is not usable; or, in `fit`, a model or loss that cannot be measured.
+      ValueError: an argument is not usable; or, in `fit`, the model has nothing to train.
 
     Example:
 
@@ -76,262 +94,265 @@ class GSNRModel(keras.Model):
     >>> [name for name in history if name.startswith("gsnr")]
     ['gsnr', 'gsnr_median']
     """
+    _check(model, engine, measure_every, pool, shown, examples)
+    meter = dict(
+        pool=pool, bias_corrected=bool(bias_corrected), per_layer=bool(per_layer), shown=shown
+    )
+    _Training(model, int(measure_every), examples, meter).take_over()
+    return model
 
-    def __init__(
-        self,
-        model: keras.Model,
-        *,
-        engine: str = "auto",
-        measure_every: int = 1,
-        pool: str = "epoch",
-        bias_corrected: bool = True,
-        shown: tuple = SHOWN,
-        per_layer: bool = False,
-        examples: int | None = None,
-        name: str | None = None,
-        **kwargs,
-    ):
-        _check(model, measure_every, pool, shown, examples)
-        gradients.check_engine_name(engine)
-        kwargs.setdefault("dtype", model.dtype_policy)
-        super().__init__(name=name or f"gsnr_{model.name}", **kwargs)
-        self.autocast = False  # the inner model converts its own inputs
-        self.inner = model
-        self.engine, self.measure_every, self.pool = engine, int(measure_every), pool
-        self.bias_corrected, self.shown = bool(bias_corrected), tuple(shown)
-        self.per_layer, self.fixed_examples = bool(per_layer), examples
-        self._meter = None
-        self._told = examples or 0
-        self._evaluating = False
-        self._way = "either"  # of the two steps, which one a graph that is traced now is to be
-        self.built = model.built
-        if model.compiled:
-            self.compile(**model._compile_config.config)
 
-    def call(self, inputs, training=None):
-        return self.inner(inputs)  # Keras passes `training` on to the layers inside
+class _Training:
+    """What `GSNRModel` puts in the place of a model's `train_step`, and what belongs to it.
+
+    Of a measured step there are two graphs: that of the first step, which also compares, and that
+    of all others, which knows the outcome. A plain step is Keras's own.
+    """
+
+    def __init__(self, model, every, examples, meter_options):
+        self.reference = weakref.ref(model)
+        self.every, self.fixed_examples, self.meter_options = every, examples, meter_options
+        self.told = examples or 0
+        self.meter = self.plan = None
+        self.belongs_to = None  # the optimiser and the variables that the meter was made for
+        self.way = "called"
+        self.unbuilt = True  # may be
+        self.shapes = [None]  # of the batches, as far as they are known before
+        self.steps = 0  # that were made so far
+        self.steps_at_check = 1
 
     @property
-    def output_names(self):
-        return self.inner.output_names
+    def model(self):
+        return self.reference()
 
-    @property
-    def metrics(self):
-        metrics = super().metrics
-        shown = getattr(self, "_meter", None) is not None and not self._evaluating
-        return [*metrics, self._meter] if shown else metrics
+    def take_over(self):
+        for name in ("train_step", "make_train_function", "fit"):
+            object.__setattr__(self.model, name, getattr(self, name))
+        object.__setattr__(self.model, "_meter", None)
+        object.__setattr__(self.model, "_gsnr_training", self)
+        self.model.train_function = None  # of an earlier fit
 
-    def compile(self, optimizer="rmsprop", loss=None, loss_weights=None, metrics=None, **kwargs):
-        """As `keras.Model.compile`; the loss is needed, one value per example."""
-        if loss is None:
-            raise ValueError(
-                "compile(loss=None): GSNRModel needs the loss here, one value per example; what "
-                "add_loss or a train_step of the model's own compute has no per-example form"
-            )
-        super().compile(optimizer, loss, loss_weights, metrics, **kwargs)
-        if self.inner.built and self.trainable_variables:
-            self._make_meter()
-
-    def compile_from_config(self, config):
-        self.compile(**keras.saving.deserialize_keras_object(config))
-        if self.inner.built:
-            self.optimizer.build(self.trainable_variables)
-
-    def fit(self, x=None, y=None, *args, **kwargs):
-        """As `keras.Model.fit`."""
-        distributed.check_fit(self.distribute_strategy)
+    def fit(self, *args, **kwargs):
+        model = self.model
+        distributed.check_fit(model.distribute_strategy)
+        fit = type(model).fit
+        bound = inspect.signature(fit).bind(model, *args, **kwargs)
+        given = {k: v for k, v in bound.arguments.items() if k != "self"}
+        given |= given.pop("kwargs", {})
         if self.fixed_examples is None:
-            known = y is not None  # so x and y are arrays
-            self._told = _length(x, kwargs.get("validation_split") or 0.0) if known else 0
-        if self._meter is not None:
-            self._meter.examples.assign(self._told)
-        return super().fit(x, y, *args, **kwargs)
-
-    def make_train_function(self, force=False):
-        """As Keras's; with two graphs, measured and plain, where the choice can be made outside."""
-        if self.train_function is not None and not force:
-            return
-        super().make_train_function(force=True)
-        if self.measure_every == 1 or self.steps_per_execution > 1:
-            return
-        ways = {"measured": self.train_function}
-        super().make_train_function(force=True)
-        ways["plain"] = self.train_function
-        steps, shown = None, {}
-
-        def train_function(iterator):
-            nonlocal steps, shown
-            if steps is None:
-                steps = 0 if self._meter is None else int(self._meter.steps.numpy())
-            self._way = "measured" if steps % self.measure_every == 0 else "plain"
-            hidden = self._without_meter() if self._way == "plain" else contextlib.nullcontext()
-            try:
-                with hidden:
-                    logs = ways[self._way](iterator)  # when it is first called, it is traced
-            finally:
-                way, self._way = self._way, "either"
-            steps += 1
-            if way == "measured":
-                shown = {name: logs[name] for name in self._meter.result_names}
-                return logs
-            return logs | (shown or self._meter.result())
-
-        self.train_function = train_function
+            self.told = _length(given)
+        if self.meter is not None:
+            self.meter.examples.assign(self.told)
+        callbacks = given.get("callbacks")
+        if isinstance(callbacks, keras.callbacks.CallbackList):
+            own = _Epochs(self)
+            own.set_model(model)
+            callbacks.callbacks.insert(0, own)
+        else:
+            more = callbacks if isinstance(callbacks, (list, tuple)) else [callbacks]
+            given["callbacks"] = [_Epochs(self), *(c for c in more if c is not None)]
+        return fit(model, **given)
 
     def train_step(self, data):
-        meter = self._prepared(data)
-        x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
-        if self._way == "plain":
-            logs = super().train_step(data)
-            meter.advance(_global_batch(x))
-            return logs
-        of_loss = [v for metric in self._compile_loss.metrics for v in metric.variables]
-        state = [*self.inner.non_trainable_variables, *of_loss]
-        due = tf.equal(meter.steps.value % self.measure_every, 0)
-
-        def measured():
-            return step.measured(self, self._measure, self.inner, state, x, y, sample_weight)
-
-        def plain():
-            return step.plain(self, state, x, y, sample_weight)._replace(moments=self._nothing())
-
-        if self._way == "measured" or self.measure_every == 1:
-            found, due = measured(), tf.constant(True)
-        else:
-            found = step.either(due, measured, plain)
-        for variable, value in zip(state, found.updates):
-            variable.assign(value)
-        batch = tf.shape(tf.nest.flatten(x)[0])[0]
-        self._loss_tracker.update_state(found.loss * step.replicas(), sample_weight=batch)
-        self.optimizer.apply_gradients(zip(found.gradients, self.trainable_variables))
-        self._show(found, _global_batch(x), due)
-        return self.compute_metrics(x, y, found.predictions, sample_weight=sample_weight)
-
-    def _show(self, found, batch, due):
-        """Updates what is shown, from a step's moments where they were `due`."""
-        self._meter.advance(batch)
-        due &= batch > 1  # a ragged last batch of one example has no variance
-        if step.loss_scale(self.optimizer) is not None:
-            # The optimiser skips a step whose scaled gradients overflow, and so does the meter.
-            due &= _all_finite(found.gradients)
-
-        def update(moments):
-            # Out of a tf.cond they come without shapes, as `_nothing` has others.
-            shaped = {
-                name: [
-                    tf.reshape(m, v.shape)
-                    for m, v in zip(getattr(moments, name), self.trainable_variables)
-                ]
-                for name in ("mean", "m2", "positives", "negatives")
-            }
-            moments = moments._replace(**shaped)
+        """One step of the way that is being traced; without one, as the first."""
+        model = self.model
+        if self.way == "unbuilt":  # Keras's own step, which builds the model as it is traced
+            return type(model).train_step(model, step.as_traced(data, _hides(self.shapes)))
+        self.prepare()
+        if self.way == "plain":
+            return step.plain(model, self.plan, self.meter, data)
+        if self.way == "either":
+            due = tf.equal(self.meter.steps.value % self.every, 0)
             if step.replicas() > 1:
-                moments = distributed.all_reduce(moments)
-            self._meter.update_state(moments, self.optimizer, self.measure_every)
+                return self.measured(data, due)
+            return tf.cond(due, lambda: self.measured(data), lambda: self.uncounted(data))
+        logs = self.measured(data)
+        if self.way == "called":
+            logs.pop(step.CHECKS, None)
+        return logs
 
-        distributed.where(due, update, found.moments)
+    def measured(self, data, due=True):
+        return step.measured(self.model, self.plan, self.meter, data, every=self.every, due=due)
 
-    def evaluate(self, *args, **kwargs):
-        """As `keras.Model.evaluate`, without the numbers that only training has."""
-        with self._without_meter():
-            return super().evaluate(*args, **kwargs)
+    def uncounted(self, data):
+        """A plain step with the logs of a measured one."""
+        logs = step.plain(self.model, self.plan, self.meter, data)
+        pending = self.plan.pending(self.model.trainable_variables)
+        if pending:
+            count = len(self.model.trainable_variables)
+            logs[step.CHECKS] = {"status": tf.zeros([count], tf.int32)}
+        return logs
 
-    def test_on_batch(self, *args, **kwargs):
-        """As `keras.Model.test_on_batch`."""
-        with self._without_meter():
-            return super().test_on_batch(*args, **kwargs)
-
-    @contextlib.contextmanager
-    def _without_meter(self):
-        # Never within a step: the replicas' threads would leave each other's.
-        before, self._evaluating = self._evaluating, True
-        try:
-            yield
-        finally:
-            self._evaluating = before
-
-    def _prepared(self, data):
-        """Builds, while a step is traced, what is not built yet; returns the meter."""
-        built = self.inner.built and self._compile_loss.built
-        if not built:
-            self._symbolic_build(data_batch=data)
-        if not self.trainable_variables:
-            contract.check_model(self.inner)
-        if self._meter is None:
-            self._make_meter()
-        return self._meter
-
-    def _make_meter(self):
-        shown = self.shown
-        if "gap_growth" in shown and not gap.supported(self.optimizer):
+    def prepare(self):
+        """Makes the meter and the plan when the model is built; anew for another optimiser."""
+        model = self.model
+        variables = model.trainable_variables
+        if not variables:
+            contract.check_model(model)
+        belongs_to = (id(model.optimizer), *(id(v) for v in variables))
+        if belongs_to == self.belongs_to:
+            return
+        self.belongs_to = belongs_to
+        self.plan = step.plan_for(model)
+        self.plan.hides_batch_size = _hides(self.shapes)
+        self.plan.sizes_vary = any(s is None or None in s[1:] for s in self.shapes)
+        options = dict(self.meter_options)
+        if "gap_growth" in options["shown"] and not gap.supported(model.optimizer):
             logging.info(
                 "gap_growth is not shown: %s is not one of %s",
-                type(self.optimizer).__name__,
+                type(model.optimizer).__name__,
                 ", ".join(gap.SUPPORTED),
             )
-            shown = [name for name in shown if name != "gap_growth"]
+            options["shown"] = [name for name in options["shown"] if name != "gap_growth"]
         with tf.init_scope():
-            meter = GSNRMeter(
-                self.inner,
-                shown,
-                pool=self.pool,
-                bias_corrected=self.bias_corrected,
-                per_layer=self.per_layer,
-                examples=self._told,
-            )
-        measure = gradients.build_engine(
-            self.inner,
-            losses.per_example_loss(None, self),
-            engine=self.engine,
-            sign_counts=meter.sign_counts,
-            training=True,
-            batch_norm="batch",
-        )
-        for name, value in (("_meter", meter), ("_measure", measure)):
-            object.__setattr__(self, name, value)  # Keras's tracking is closed once it is built
+            self.meter = GSNRMeter(variables, options.pop("shown"), examples=self.told, **options)
+        object.__setattr__(model, "_meter", self.meter)
+        self.steps = 0
 
-    def _nothing(self):
-        """Moments of no examples: in a plain step, in place of those that were not measured.
+    def make_train_function(self, force=False):
+        """As Keras's, with a graph for each way."""
+        model = self.model
+        if model.train_function is not None and not force:
+            return
+        functions = {}
 
-        Where it can be, each entry is empty, lest zeros as large as the model be filled in.
-        """
-        variables = self.trainable_variables
-        if not self.jit_compile:
-            variables = [np.zeros([0], v.dtype) for v in variables]
-        return Moments.empty(variables, sign_counts=self._meter.sign_counts)
+        def function_of(way):
+            if way not in functions:
+                mine = model.train_function
+                type(model).make_train_function(model, force=True)
+                functions[way], model.train_function = model.train_function, mine
+            return functions[way]
 
-    def get_config(self):
-        return {
-            "model": keras.saving.serialize_keras_object(self.inner),
-            "engine": self.engine,
-            "measure_every": self.measure_every,
-            "pool": self.pool,
-            "bias_corrected": self.bias_corrected,
-            "shown": list(self.shown),
-            "per_layer": self.per_layer,
-            "examples": self.fixed_examples,
-            "name": self.name,
-        }
+        def run(way, iterator):
+            function = function_of(way)
+            self.way = way  # where it is first called, it is traced
+            try:
+                logs = function(iterator)
+            finally:
+                self.way = "called"
+            return logs
 
-    @classmethod
-    def from_config(cls, config, custom_objects=None):
-        config = dict(config)
-        model = keras.saving.deserialize_keras_object(config.pop("model"), custom_objects)
-        return cls(model, **config)
+        def train_function(iterator):
+            if self.plan is None or not self.plan.settled:
+                return self.first(run, iterator)
+            model = self.model
+            several = model.steps_per_execution > 1
+            due = self.steps % self.every == 0
+            way = "measured"
+            if self.every > 1:
+                way = "either" if several else "measured" if due else "plain"
+            logs = run(way, iterator)
+            self.steps += model.steps_per_execution
+            if self.learn(logs):
+                functions.clear()
+            return logs
+
+        model.train_function = train_function
+
+    def first(self, run, iterator):
+        """The first execution, step by step on batches of known shapes; what is seen is learnt."""
+        logs = None
+        for _ in range(self.model.steps_per_execution):
+            try:
+                data = next(iterator)
+            except (StopIteration, tf.errors.OutOfRangeError):
+                if logs is None:
+                    raise StopIteration from None
+                break
+            self.shapes = _shapes(iterator)
+            if not all(layer.built for layer in contract.sublayers(self.model)) and self.unbuilt:
+                self.unbuilt = False  # what is built by no step is used by none
+                logs = run("unbuilt", _once(data))
+                self.prepare()
+                self.meter.advance(_size(data))
+                logs |= self.meter.result()
+                continue
+            due = self.steps % self.every == 0
+            way = "plain" if not due else "measured" if self.plan_is_settled() else "first"
+            logs = run(way, _once(data))
+            self.steps += 1
+            self.learn(logs, always=True)
+        return logs
+
+    def plan_is_settled(self):
+        return self.plan is not None and self.plan.settled
+
+    def learn(self, logs, always=False) -> bool:
+        """Takes the checks out of the logs; whether the graphs are to be made anew."""
+        checks = logs.pop(step.CHECKS, None)
+        if checks is None or not (always or self.steps >= self.steps_at_check):
+            return False
+        self.steps_at_check = 2 * self.steps
+        whole = len(self.plan.whole)
+        checks = tf.nest.map_structure(_local, checks)
+        for line in step.learn(self.model, self.plan, checks):
+            logging.warning("GSNRModel(%r): %s", self.model.name, line)
+        return len(self.plan.whole) > whole
 
 
-def _check(model, measure_every, pool, shown, examples):
+class _Epochs(keras.callbacks.Callback):
+    """Empties the meter when an epoch begins; says why there are no numbers when it ends."""
+
+    def __init__(self, training):
+        super().__init__()
+        self.training = training
+
+    def on_epoch_begin(self, epoch, logs=None):
+        if self.training.meter is not None:
+            self.training.meter.reset_state()
+        self.training.steps_at_check = 0  # look again at what is still to be compared
+
+    def on_epoch_end(self, epoch, logs=None):
+        for reason in self.training.meter.reasons():
+            logging.warning("epoch %d: %s", epoch + 1, reason)
+
+
+def _shapes(iterator) -> list:
+    """Of the tensors of a batch, None for what is unknown: of Python's iterators, all is."""
+    spec = getattr(iterator, "element_spec", None)
+    if spec is None:
+        return [None]
+    shapes = [getattr(leaf, "shape", None) for leaf in tf.nest.flatten(spec)]
+    return [None if s is None or s.rank is None else tuple(s) for s in shapes]
+
+
+def _hides(shapes) -> bool:
+    return any(s and s[0] is None for s in shapes)
+
+
+def _size(data) -> int:
+    """The number of examples of a batch, of all replicas."""
+    x, _, _ = keras.utils.unpack_x_y_sample_weight(data)
+    leaves = [v for v in tf.nest.flatten(x) if not isinstance(v, tf.experimental.Optional)]
+    distributed = isinstance(leaves[0], tf.distribute.DistributedValues)
+    parts = leaves[0].values if distributed else leaves[:1]
+    return sum(int(examples.count(part)) for part in parts)
+
+
+def _once(data):
+    yield data
+
+
+def _local(value):
+    """A tensor, of one replica."""
+    values = getattr(value, "values", None)
+    return values[0] if isinstance(values, tuple) else value
+
+
+def _check(model, engine, measure_every, pool, shown, examples):
     if not isinstance(model, keras.Model):
         raise ValueError(f"model={model!r}: expected a keras.Model, got {type(model).__name__}")
-    if isinstance(model, GSNRModel):
-        raise ValueError(f"model {model.name!r} is a GSNRModel already; pass the model inside it")
-    for method in ("train_step", "compute_loss"):
-        if getattr(type(model), method) is not getattr(keras.Model, method):
-            raise ValueError(
-                f"model {model.name!r} has a {method} of its own, which GSNRModel would pass over: "
-                "give the loss to compile() instead, or keep the model as it is and measure it "
-                "with GSNRCallback"
-            )
+    if type(model).train_step is not keras.Model.train_step:
+        raise ValueError(
+            f"model {model.name!r} has a train_step of its own, which GSNRModel would pass over: "
+            "keep the model as it is and measure it with GSNRCallback"
+        )
+    gradients.check_engine_name(engine)
+    if engine not in ENGINES:
+        raise ValueError(
+            f"engine={engine!r}: the reference engine runs each example alone and so never trains; "
+            "expected engine='layerwise' or 'auto'. GSNRCallback and gradient_moments take it"
+        )
     if isinstance(measure_every, bool) or not isinstance(measure_every, (int, np.integer)):
         raise ValueError(f"measure_every={measure_every!r}: expected a positive integer")
     if measure_every < 1:
@@ -348,23 +369,9 @@ def _check(model, measure_every, pool, shown, examples):
         raise ValueError(f"examples={examples}: expected the number of training examples")
 
 
-def _global_batch(x):
-    """How many examples all replicas have."""
-    batch = tf.shape(tf.nest.flatten(x)[0])[0]
-    if step.replicas() == 1:
-        return batch
-    return tf.distribute.get_replica_context().all_reduce("SUM", batch)
-
-
-def _all_finite(gradients):
-    """Whether all are finite, on all replicas."""
-    values = [getattr(g, "values", g) for g in gradients if g is not None]  # dense or sparse
-    wrong = tf.add_n([tf.math.count_nonzero(~tf.math.is_finite(v)) for v in values])
-    if step.replicas() > 1:
-        wrong = tf.distribute.get_replica_context().all_reduce("SUM", wrong)
-    return tf.equal(wrong, 0)
-
-
-def _length(x, validation_split) -> int:
-    n = len(tf.nest.flatten(x)[0])
-    return int(n * (1 - validation_split))
+def _length(given) -> int:
+    """The number of training examples that `fit` is given as arrays; 0 if it is not known."""
+    x, y = given.get("x"), given.get("y")
+    if y is None or examples.is_stream(x):
+        return 0
+    return int(examples.count(y) * (1 - (given.get("validation_split") or 0.0)))

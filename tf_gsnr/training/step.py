@@ -1,217 +1,342 @@
-"""One training step in two ways that end in the same gradient: plain, and measured per example.
+"""One training step: Keras's own, watched.
 
-Index letters: n example, t any further axis of the targets (position, pixel), B the batch size,
-R the number of replicas, S the factor by which mixed precision scales the loss.
+The forward pass, the loss and the assignments are those of `keras.Model.train_step`, on the user's
+own model object and its real variables. The loss L is differentiated once, to the outputs of the
+layers; from these gradients the rules make c[n], B times the part of dL/dW that passes through
+example n's rows, so that mean_n c[n] = dL/dW for every loss, mask, weight and reduction. Where that
+is so on the user's data, the optimiser is given the sum, which saves the gradient by the weights a
+second pass; where not, the ordinary gradient.
 
-Keras trains on `L = c sum_nt w[n,t] l[n,t]`, where c depends on the loss's `reduction` and on the
-mask. The measured step writes it as the mean of the examples' own losses, each times a weight f[n]
-(`example_weights`), so that the mean of the per-example gradients is the gradient of L. Penalties
-of the weights or activities are no example's own: their gradient is added from a plain tape.
+Index letters: n example, B the global batch size, R replicas, S the factor by which mixed precision
+scales the loss.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+import dataclasses
 
 import keras
+import numpy as np
 import tensorflow as tf
 
-from tf_gsnr.gradients import losses
+from tf_gsnr.gradients import capture, conservation, distributed, layerwise, losses, rules
 from tf_gsnr.moments import Moments
 
-LARGEST_SCALE = 2.0**40  # by which gradients are multiplied while their squares are summed
+CHECKS = "gsnr_checks"  # the entry of a step's logs that `Plan.learn` reads
 
 
-class Found(NamedTuple):
-    """What either way of a step finds, before anything is assigned.
+@dataclasses.dataclass
+class Plan:
+    """What is known of a model from the steps that were made.
 
     Attributes:
-      gradients: what the optimiser is to be given, scaled by S and divided by R as Keras does;
-        None where a variable has no part in the loss.
-      loss: the loss that Keras reports, scalar.
-      predictions: of the model, for the compiled metrics.
-      updates: per variable of `state`, its value after the forward pass.
-      moments: of the unscaled per-example gradients; None from the plain step.
+      whole: layers that are observed from outside; see `layerwise.whole_layers`.
+      served: `id(variable) -> ` whether the gradient of its regulariser is to be added to the sum
+        over its examples. These variables agreed with the ordinary gradient.
+      unmeasured: `id(variable) -> ` why it is not measured.
+      folds: `(id(layer), k) -> ` rows per example of the layer's k-th call.
+      layers: of the outputs that the first step looked at, in order.
+      folded: the layers of which an example has several rows, call by call.
+      reasons: `id(variable) -> ` why no rule and no fallback measures it, of the last trace.
+      missed: variables that no call accounts for, of the last trace.
+      settled: whether the first step is done.
+      hides_batch_size: whether the batch size is not known when Keras traces its step.
+      sizes_vary: whether the sizes of examples differ from batch to batch (lengths of sequences).
+      contributions: what lets examples act on each other, or None.
     """
+
+    whole: list
+    served: dict = dataclasses.field(default_factory=dict)
+    unmeasured: dict = dataclasses.field(default_factory=dict)
+    folds: dict = dataclasses.field(default_factory=dict)
+    layers: list = dataclasses.field(default_factory=list)
+    folded: list = dataclasses.field(default_factory=list)
+    reasons: dict = dataclasses.field(default_factory=dict)
+    missed: list = dataclasses.field(default_factory=list)
+    settled: bool = False
+    sizes_vary: bool = False
+    hides_batch_size: bool = False
+    contributions: str | None = None
+
+    def pending(self, variables) -> list:
+        known = {*self.served, *self.unmeasured}
+        return [j for j, v in enumerate(variables) if id(v) not in known]
+
+
+def plan_for(model) -> Plan:
+    return Plan(layerwise.whole_layers(model))
+
+
+def measured(model, plan: Plan, meter, data, *, every: int = 1, due=True) -> dict:
+    """Makes a training step, and shows what is measured in it; returns its logs.
+
+    Args:
+      model: a compiled and built Keras model.
+      plan: what is known of it; the trace of the first step writes to it.
+      meter: a `GSNRMeter`.
+      data: what `keras.Model.train_step` is given.
+      every: how many steps this one stands for.
+      due: whether the meter is to count it; bool or a boolean tensor.
+    """
+    x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
+    n = capture.batch_size(x)
+    first = not plan.settled
+    variables = model.trainable_variables
+    units = capture.units_of(model, plan.whole, rules.activation_of)
+    with tf.GradientTape(persistent=True) as tape:
+        with capture.watching(model, units, tape, n, training=True, all_outputs=first) as found:
+            predictions = _called(model, x)
+            given = x, y, predictions, sample_weight
+            given = as_traced(given, plan.hides_batch_size)
+            loss = model._compute_loss(*given, training=True)
+        if model._loss_tracker is not None:
+            model._loss_tracker.update_state(loss * replicas(), sample_weight=n)
+        scaled = model.optimizer.scale_loss(loss)
+    watched = found.watched()
+    gradients = tape.gradient(scaled, [*watched, *(v.value for v in variables)])
+    ordinary = gradients[len(watched) :]
+    found.set_gradients(gradients[: len(watched)])
+
+    factor = _global(n) / loss_scale(model.optimizer)  # c[n] = B / S times what passes through n
+    scales = layerwise.unit_scales(found.calls, factor)
+    by_variable = layerwise.forms_of(found.calls, plan.folds, scales, plan.reasons)
+    sums = _sums(model, plan, by_variable, scales, ordinary, n, meter.sign_counts)
+    checks = {"status": tf.stack(sums.status)} if plan.pending(variables) else {}
+    if first:
+        checks |= _first_checks(model, plan, tape, found, (x, y, predictions, sample_weight), n)
+    plan.missed = sums.missed
+    del tape
+
+    model.optimizer.apply_gradients(zip(sums.gradients, variables))
+    logs = model.compute_metrics(*given[:3], sample_weight=given[3])
+    if isinstance(model.optimizer, keras.optimizers.LossScaleOptimizer):
+        # The optimiser skips a step whose scaled gradients overflow, and so does the meter.
+        due &= _all_finite(sums.gradients)
+    powers = [tf.cast(scales.get(id(v), factor), tf.float32) / factor for v in variables]
+    due &= _rows_are_examples(found.calls, n)
+    meter.advance(_global(n))
+    show = meter.update_state
+    distributed.where(
+        tf.convert_to_tensor(due),
+        lambda moments: show(_reduced(moments), model.optimizer, every, tf.stack(powers)),
+        sums.moments,
+    )
+    return logs | meter.result() | ({CHECKS: checks} if checks else {})
+
+
+def plain(model, plan, meter, data) -> dict:
+    """Makes Keras's training step, which the meter only counts."""
+    data = as_traced(data, plan.hides_batch_size)
+    logs = type(model).train_step(model, data)
+    x, _, _ = keras.utils.unpack_x_y_sample_weight(data)
+    meter.advance(_global(capture.batch_size(x)))
+    return logs | meter.result()
+
+
+def as_traced(values, hides_batch_size: bool):
+    """Nested tensors as Keras's step meets them in `fit`, where that hides the batch size."""
+    return tf.nest.map_structure(_hidden, values) if hides_batch_size else values
+
+
+def _hidden(value):
+    """The tensor, of an unknown number of examples, as Keras's loss and metrics meet it in `fit`.
+
+    Keras weighs the mean of each output's loss by the batch size where that is known when traced.
+    """
+    if not isinstance(value, tf.Tensor) or tf.executing_eagerly() or not value.shape.rank:
+        return value
+    if value.shape[0] is None:
+        return value
+    hidden = tf.raw_ops.PlaceholderWithDefault(input=value, shape=[None, *value.shape[1:]])
+    mask = getattr(value, "_keras_mask", None)
+    if mask is not None:
+        hidden._keras_mask = _hidden(mask)
+    return hidden
+
+
+def _called(model, x):
+    return model(x, training=True) if model._call_has_training_arg else model(x)
+
+
+@dataclasses.dataclass
+class _Sums:
+    """Per variable: what the optimiser is given, what is measured, and what the check says."""
 
     gradients: list
-    loss: Any
-    predictions: Any
-    updates: list
-    moments: Moments | None
+    moments: Moments
+    status: list
+    missed: list
 
 
-def plain(model, state, x, y, sample_weight) -> Found:
-    """The forward and backward pass of `keras.Model.train_step`; assigns nothing.
-
-    Args:
-      model: a compiled `keras.Model`.
-      state: the variables that a forward pass and a loss may assign.
-    """
-    found, _, _ = _plain(model, state, x, y, sample_weight)
-    return found
-
-
-def _plain(model, state, x, y, sample_weight):
-    with tf.GradientTape(persistent=True) as tape:
-        # In the scope, Keras looks up only there what its regularisers are to penalise.
-        penalised = [v for v in model.trainable_variables if v.regularizer is not None]
-        values = [(v, v.value) for v in penalised]
-        with keras.StatelessScope(values, collect_losses=True) as scope:
-            predictions = model(x, training=True)
-            loss = model.compute_loss(x, y, predictions, sample_weight, training=True)
-            penalties = [tf.reduce_sum(tf.cast(p, loss.dtype)) for p in model.losses]
-        penalty = tf.add_n(penalties) / replicas() if penalties else None
-        scale = loss_scale(model.optimizer)
-        scaled = loss if scale is None else loss * tf.cast(scale, loss.dtype)
-        scaled_penalty = penalty if scale is None or penalty is None else penalty * scale
+def _sums(model, plan, by_variable, scales, ordinary, n, sign_counts) -> _Sums:
     variables = model.trainable_variables
-    gradients = tape.gradient(scaled, variables)
-    of_penalty = None if penalty is None else tape.gradient(scaled_penalty, variables)
-    found = Found(gradients, loss, predictions, _values(scope, state), None)
-    return found, penalty, of_penalty
+    used = {key: form for key, form in by_variable.items() if key not in plan.unmeasured}
+    mean, m2, up, down = layerwise.combined(variables, used, n, None, sign_counts)
+    pending = set(plan.pending(variables))
+    noise = [tf.zeros([], tf.float64)] * len(variables)
+    if pending:
+        count = tf.cast(n, tf.float32)
+        spreads = [
+            tf.sqrt(tf.reduce_max(s / tf.cast(count, s.dtype) + m**2)) if j in pending else 0.0
+            for j, (m, s) in enumerate(zip(mean, m2))
+        ]
+        noise = conservation.by_layer(variables, spreads)
+    gradients, status, missed = [], [], []
+    for j, variable in enumerate(variables):
+        key, dtype = id(variable), mean[j].dtype
+        theirs, state = ordinary[j], tf.constant(conservation.UNUSED)
+        gradients.append(theirs)
+        if theirs is None:
+            plan.served.setdefault(key, False)
+        elif key in plan.unmeasured or key not in used:
+            missed += [variable] if key not in plan.unmeasured else []
+            mean[j] = m2[j] = tf.fill(variable.shape, tf.constant(np.nan, dtype))
+        else:
+            per_sum = tf.cast(n, dtype) / tf.cast(scales[key], dtype)
+            if key in plan.served:
+                if not isinstance(theirs, tf.IndexedSlices):
+                    # A sparse gradient (an embedding's) stays: optimisers treat its rows apart.
+                    own = tf.cast(mean[j] * per_sum, theirs.dtype)
+                    penalty = _penalty_gradient(model, variable) if plan.served[key] else None
+                    gradients[j] = own if penalty is None else own + penalty
+            else:
+                state = _compared(model, variable, mean[j], theirs, per_sum, noise[j])
+                wrong = tf.equal(state, conservation.DIFFERS)
+                mean[j] = tf.where(wrong, tf.constant(np.nan, dtype), mean[j])
+                m2[j] = tf.where(wrong, tf.constant(np.nan, dtype), m2[j])
+        status.append(tf.cast(state, tf.int32))
+    count = tf.cast(n, tf.int64)
+    moments = Moments(count, tf.zeros([], tf.float64), mean, m2, up, down)
+    return _Sums(gradients, moments, status, missed)
 
 
-def measured(model, measure, network, state, x, y, sample_weight) -> Found:
-    """The same step by way of the per-example gradients.
-
-    Args:
-      model: a compiled `keras.Model` around `network`.
-      measure: an engine's function (see `gradients.contract`) for `network`, in training mode.
-      network: the model whose `trainable_variables` are measured.
-      state: as in `plain`.
-    """
-    # What a plain step knows and an engine does not: which variables have no gradient or a sparse
-    # one, the masks, the penalties. In a graph only what is used of it is ever computed.
-    shadow, penalty, of_penalty = _plain(model, state, x, y, sample_weight)
-    batch = tf.shape(tf.nest.flatten(x)[0])[0]
-    n = tf.cast(tf.maximum(batch, 1), tf.float32)
-    scale = loss_scale(model.optimizer)
-    # As small as in the plain step, lest gradients overflow; and their squares must not either.
-    factor = None if scale is None else tf.minimum(scale, LARGEST_SCALE) / n
-    names = getattr(network, "output_names", None)
-    weights = example_weights(model.loss, shadow.predictions, sample_weight, batch, factor, names)
-    found = measure(x, y, sample_weight=weights)
-
-    gradients = []
-    for index, mean in enumerate(found.moments.mean):
-        like = shadow.gradients[index]
-        if like is None or isinstance(like, tf.IndexedSlices):
-            # Keras's optimisers treat the repeated rows of a sparse gradient (an embedding's) one
-            # by one, where squaring or clipping a dense one would add them first.
-            gradients.append(like)
-            continue
-        gradient = mean if scale is None else mean * tf.cast(scale / factor, mean.dtype)
-        gradient /= replicas()
-        if of_penalty is not None and of_penalty[index] is not None:
-            gradient += tf.convert_to_tensor(of_penalty[index])
-        gradients.append(tf.cast(gradient, like.dtype))
-
-    loss = tf.reduce_sum(found.losses) / tf.cast(n * replicas(), found.losses.dtype)
-    loss = tf.cast(loss if factor is None else loss / tf.cast(factor, loss.dtype), tf.float32)
-    loss = loss if penalty is None else loss + tf.cast(penalty, loss.dtype)
-    known = {id(v): value for v, value in zip(network.non_trainable_variables, found.updates)}
-    updates = [known.get(id(v), value) for v, value in zip(state, shadow.updates)]
-    moments = found.moments if factor is None else _unscaled(found.moments, factor)
-    predictions = _with_masks(found.predictions, shadow.predictions)
-    return Found(gradients, loss, predictions, updates, moments)
+def _compared(model, variable, mean, theirs, per_sum, noise):
+    """Of one variable, with its regulariser taken out of the ordinary gradient, or left in."""
+    theirs = tf.cast(tf.convert_to_tensor(theirs), mean.dtype)
+    precision = conservation.precision_of(model)
+    state = conservation.compared(precision, mean, theirs / per_sum, noise)
+    penalty = _penalty_gradient(model, variable)
+    if penalty is None:
+        return state
+    without = (theirs - tf.cast(penalty, mean.dtype)) / per_sum
+    penalised = conservation.compared(precision, mean, without, noise)
+    return tf.where(tf.equal(penalised, conservation.AGREES), conservation.PENALISED, state)
 
 
-def either(condition, measured, plain) -> Found:
-    """Whichever of the two steps is called for, in a graph."""
-    absent = []  # gradients that are None, and so pass no tf.cond
-
-    def packed(way):
-        def branch():
-            found = way()
-            absent[:] = [g is None for g in found.gradients]
-            gradients = [g for g in found.gradients if g is not None]
-            masks = [getattr(p, "_keras_mask", None) for p in tf.nest.flatten(found.predictions)]
-            masks = [tf.zeros([0], tf.bool) if m is None else m for m in masks]
-            return found._replace(gradients=gradients), masks
-
-        return branch
-
-    found, masks = tf.cond(condition, packed(measured), packed(plain))
-    for prediction, mask in zip(tf.nest.flatten(found.predictions), masks):
-        if mask.shape.rank is None or mask.shape != [0]:
-            prediction._keras_mask = mask
-    gradients = iter(found.gradients)
-    return found._replace(gradients=[None if none else next(gradients) for none in absent])
-
-
-def example_weights(loss, predictions, sample_weight, batch, factor=None, names=None):
-    """Weights f[n] with which `mean_n f[n] l[n]` is the loss that Keras trains on.
-
-        "sum_over_batch_size", "mean":   f = w;  with a mask  f = w valid[n] B / sum valid
-        "sum":                           f = w B R             (Keras does not divide it by R)
-        "mean_with_sample_weight":       f = w B / sum w
-
-    Args:
-      loss: the compiled loss, nested per output.
-      predictions: nested `[B, ...]`, with Keras's masks where it set them.
-      sample_weight: nested `[B]` or `[B, t]`, or None.
-      batch: B, integer scalar.
-      factor: scalar factor of all weights; None for 1.
-      names: the names of the outputs.
-
-    Returns:
-      Like `sample_weight`, a list where there are several outputs; None where every weight is 1.
-
-    Raises:
-      ValueError: a reduction under which the loss is no mean over examples.
-    """
-    outputs, keys = losses.outputs(predictions, names)
-    each = losses.per_output(loss, keys, "loss")
-    given = losses.per_output(sample_weight, keys, "sample_weight")
-    weights = [_output_weights(*terms, batch, factor) for terms in zip(each, outputs, given)]
-    if all(w is None for w in weights):
+def _penalty_gradient(model, variable):
+    """The gradient of the variable's regulariser, scaled as Keras scales it; None without one."""
+    if variable.regularizer is None:
         return None
-    weights = [tf.ones([batch]) if w is None else w for w in weights]
-    return weights[0] if len(weights) == 1 else weights
+    with tf.GradientTape() as tape:
+        value = tf.convert_to_tensor(variable.value)
+        tape.watch(value)
+        penalty = model._aggregate_additional_loss(variable.regularizer(value))
+        penalty = model.optimizer.scale_loss(penalty)
+    return tape.gradient(penalty, value)
 
 
-def _output_weights(loss, prediction, weight, batch, factor):
-    reduction = getattr(loss, "reduction", "sum_over_batch_size")
-    mask = getattr(prediction, "_keras_mask", None)
-    n = tf.cast(batch, tf.float32)
-    scale = None
-    if mask is not None:
-        valid = tf.reduce_sum(tf.reshape(tf.cast(mask, tf.float32), [batch, -1]), axis=1)
-        scale = tf.math.divide_no_nan(valid * n, tf.reduce_sum(valid))
-    if reduction not in ("sum_over_batch_size", "mean"):
-        if reduction not in ("sum", "mean_with_sample_weight"):
-            raise ValueError(
-                f"the loss {loss.name!r} has reduction={reduction!r}, so that there is no one "
-                "number to train on; use reduction='sum_over_batch_size' (Keras's default)"
+def _first_checks(model, plan, tape, found, data, n) -> dict:
+    """Whether examples act on each other, and where the rows of each call are."""
+    x, y, predictions, sample_weight = data
+    if not isinstance(n, int):
+        return {}
+    layers, outputs = zip(*found.outputs) if found.outputs else ((), ())
+    plan.layers = list(layers)
+    folded = [call for call in found.calls if call.used and call.folded]
+    plan.folded = [call.layer for call in folded]
+    places, counts = {}, {}
+    for call in found.calls:
+        k = counts[id(call.layer)] = counts.get(id(call.layer), -1) + 1
+        places[id(call.layer), k] = call.fold
+    known = {key: fold for key, fold in places.items() if isinstance(fold, int)}
+    plan.folds = {key: f for key, f in known.items() if f == 1 or not plan.sizes_vary}
+    if n < 2:
+        return {}
+    firsts = [next(z for z in tf.nest.flatten(call.output) if z.shape.rank) for call in folded]
+    seen = conservation.rows_seen(tape, predictions, [*outputs, *firsts], n)
+    pairs = [(-1.0, 0.0) if s is None else (s.own, s.foreign) for s in seen]
+    checks = {"rows": tf.stack([tf.stack(p) for p in pairs])} if pairs else {}
+
+    def loss(x, y, predictions, sample_weight, training):
+        return model._compute_loss(x, y, predictions, sample_weight, training=training)
+
+    loss.uses_inputs = True
+    try:
+        errors = conservation.loss_apart(loss, x, y, predictions, sample_weight, True, n)
+    except Exception:  # a loss of the user's that takes whole batches only
+        errors = []
+    return checks | ({"loss": tf.stack(errors)} if errors else {})
+
+
+def learn(model, plan: Plan, checks: dict) -> list[str]:
+    """Takes what a step's checks say into the plan; returns what the user is to be told."""
+    told = []
+    variables = model.trainable_variables
+    status = checks.get("status")
+    if not plan.settled:
+        told += _learn_rows(model, plan, checks)
+    plan.whole, unseen = layerwise.wider(model, plan.whole, plan.missed)
+    for variable in unseen:
+        why = plan.reasons.get(id(variable), "it is used outside the call of its own layer")
+        plan.unmeasured.setdefault(id(variable), why)
+        told.append(f"{variable.path} is not measured: {why}")
+    promoted = {id(v) for v in plan.missed} - {id(v) for v in unseen}
+    for j in plan.pending(variables) if status is not None else []:
+        variable, found = variables[j], int(status[j])
+        if id(variable) in promoted:
+            continue
+        if found in (conservation.AGREES, conservation.PENALISED):
+            plan.served[id(variable)] = found == conservation.PENALISED
+        elif found == conservation.DIFFERS:
+            why = plan.reasons.get(
+                id(variable),
+                "what passes through its layer is not the whole of its gradient: it is used "
+                "outside the call of its own layer as well",
             )
-        if prediction.shape.rank > 2 or mask is not None:
-            raise ValueError(
-                f"the loss {loss.name!r} has reduction={reduction!r} on predictions of shape "
-                f"{prediction.shape} (masked: {mask is not None}): supported for one prediction "
-                "per example only; use reduction='sum_over_batch_size' (Keras's default)"
-            )
-        if reduction == "sum":
-            scale = n * replicas()
-        elif weight is not None:
-            scale = tf.math.divide_no_nan(n, tf.reduce_sum(tf.cast(weight, tf.float32)))
-    factors = [f for f in (scale, factor) if f is not None]
-    if not factors:
-        return weight
-    total = tf.ones([batch])
-    for f in factors:
-        total *= tf.cast(f, tf.float32)
-    if weight is None:
-        return total
-    weight = tf.cast(weight, tf.float32)
-    return weight * tf.reshape(total, [-1] + [1] * (weight.shape.rank - 1))
+            plan.unmeasured[id(variable)] = why
+            told.append(f"{variable.path} is not measured: {why}")
+    plan.settled, plan.missed = True, []
+    return told
+
+
+def _learn_rows(model, plan, checks) -> list[str]:
+    """Which calls have rows that are not the examples' in turn; whether examples act on others."""
+    rows = np.asarray(checks["rows"]) if "rows" in checks else np.zeros([0, 2])
+    seen = [conservation.Seen(*row) if row[0] >= 0 else None for row in rows]
+    told = []
+    for layer, one in zip(plan.folded, seen[len(plan.layers) :]):
+        if one is None or conservation.are_scrambled(one):
+            why = f"the rows of layer {layer.name!r} cannot be told to be the examples' in turn"
+            for variable in layer.trainable_variables:
+                plan.unmeasured[id(variable)] = why
+                told.append(f"{variable.path} is not measured: {why}")
+    mixing = conservation.mixing_layer(plan.layers, seen[: len(plan.layers)])
+    if mixing is not None:
+        plan.contributions = f"layer {mixing.name!r} ({type(mixing).__name__})"
+    if "loss" in checks and (np.asarray(checks["loss"]) > 1e-3).any():
+        plan.contributions = f"the loss {losses.names_of(model)!r}"
+    if plan.contributions:
+        told.append(
+            f"{plan.contributions} lets the examples of a batch act on each other. Training is "
+            "Keras's; what is shown is of the examples' contributions to the batch's gradient"
+        )
+    return told
+
+
+def _rows_are_examples(calls, n):
+    """Whether an example has as many rows as in the first step, where the graph counts on it."""
+    same = [
+        tf.equal(tf.shape(z)[0], n * call.fold)
+        for call in calls
+        if call.used and isinstance(call.fold, int)
+        for z in tf.nest.flatten(call.output)[:1]
+        if z.shape.rank and z.shape[0] is None
+    ]
+    return tf.reduce_all(tf.stack(same)) if same else tf.constant(True)
 
 
 def loss_scale(optimizer):
-    """The factor S by which the optimiser wants the loss multiplied; None for none."""
-    dynamic = isinstance(optimizer, keras.optimizers.LossScaleOptimizer)
-    if not dynamic and getattr(optimizer, "loss_scale_factor", None) is None:
-        return None
+    """The factor S by which the optimiser wants the loss multiplied."""
     return tf.cast(optimizer.scale_loss(tf.ones([])), tf.float32)
 
 
@@ -220,22 +345,22 @@ def replicas() -> int:
     return tf.distribute.get_strategy().num_replicas_in_sync
 
 
-def _unscaled(moments, factor):
-    mean = [v / tf.cast(factor, v.dtype) for v in moments.mean]
-    m2 = [v / tf.cast(factor, v.dtype) / tf.cast(factor, v.dtype) for v in moments.m2]
-    loss = moments.loss / tf.cast(factor, moments.loss.dtype)
-    return moments._replace(loss=loss, mean=mean, m2=m2)
+def _global(n):
+    """B as float32: how many examples all replicas have."""
+    n = tf.cast(n, tf.float32)
+    if replicas() == 1:
+        return n
+    return tf.distribute.get_replica_context().all_reduce("SUM", n)
 
 
-def _values(scope, variables):
-    """What the variables would be if the scope's assignments had been made."""
-    values = [(v, scope.get_current_value(v)) for v in variables]
-    return [tf.convert_to_tensor(v.value if value is None else value) for v, value in values]
+def _reduced(moments):
+    return distributed.all_reduce(moments) if replicas() > 1 else moments
 
 
-def _with_masks(predictions, like):
-    for one, other in zip(tf.nest.flatten(predictions), tf.nest.flatten(like)):
-        mask = getattr(other, "_keras_mask", None)
-        if mask is not None:
-            one._keras_mask = mask
-    return predictions
+def _all_finite(gradients):
+    """Whether all are finite, on all replicas."""
+    values = [getattr(g, "values", g) for g in gradients if g is not None]  # dense or sparse
+    wrong = tf.add_n([tf.math.count_nonzero(~tf.math.is_finite(v)) for v in values])
+    if replicas() > 1:
+        wrong = tf.distribute.get_replica_context().all_reduce("SUM", wrong)
+    return tf.equal(wrong, 0)
