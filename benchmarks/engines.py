@@ -48,18 +48,19 @@ def step(method, name, batch):
     import networks
     import tensorflow as tf
 
-    from tf_gsnr.gradients import ENGINES
-    from tf_gsnr.gradients.losses import per_example_loss
+    from tf_gsnr.gradients import ENGINES, losses
+    from tf_gsnr.models import per_example
 
     keras.utils.set_random_seed(0)
     model, x, y = networks.NETWORKS[name](batch)
     x, y = tf.constant(x), tf.constant(y)
-    loss_fn = per_example_loss(keras.losses.SparseCategoricalCrossentropy(from_logits=True), model)
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    loss_fn = per_example(loss)
 
     def plain(x, y):
         with tf.GradientTape() as tape:
-            loss = tf.reduce_mean(loss_fn(y, model(x, training=False)))
-        gradients = tape.gradient(loss, [v.value for v in model.trainable_variables])
+            mean = tf.reduce_mean(loss_fn(y, model(x, training=False)))
+        gradients = tape.gradient(mean, [v.value for v in model.trainable_variables])
         return [tf.convert_to_tensor(g) for g in gradients]
 
     def moments(x, y):
@@ -67,7 +68,7 @@ def step(method, name, batch):
         return found.mean, found.m2
 
     if method != "plain":
-        measure = ENGINES[method](model, loss_fn)
+        measure = ENGINES[method](model, losses.of_batch(model, loss))
     compiled = tf.function(plain if method == "plain" else moments, autograph=False)
 
     return lambda: compiled(x, y)  # on a CPU it returns when all is computed

@@ -41,7 +41,7 @@ from engines import interleaved  # noqa: E402
 
 from tf_gsnr import data, models  # noqa: E402
 from tf_gsnr.experiments import chunks, descent, one_step  # noqa: E402
-from tf_gsnr.gradients.losses import per_example_loss  # noqa: E402
+from tf_gsnr.models import per_example  # noqa: E402
 
 MODELS = 100
 EVERY = 20
@@ -79,7 +79,7 @@ def osgr_epochs(n, width):
 
 def plain_descent(model, loss, chunks):
     """EVERY epochs of gradient descent and nothing else, as one would write it down."""
-    loss_fn, variables = per_example_loss(loss, model), model.trainable_variables
+    loss_fn, variables = per_example(loss), model.trainable_variables
     x, y, _ = chunks
 
     @tf.function(autograph=False)
@@ -114,7 +114,7 @@ def toy_steps(n, width, steps):
     many = descent.build_replicas(model, "mse", 1e-3, MODELS)
     start = [np.stack([w] * MODELS) for w in model.get_weights()]
     one = descent.build(model, "mse", 1e-3)
-    loss_fn = per_example_loss("mse", model)
+    loss_fn = per_example("mse")
     optimizer = keras.optimizers.SGD(1e-3)
     optimizer.build(model.trainable_variables)
 

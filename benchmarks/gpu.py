@@ -27,8 +27,8 @@ import numpy as np  # noqa: E402
 import tensorflow as tf  # noqa: E402
 from peers import naive  # noqa: E402
 
-from tf_gsnr.gradients import ENGINES  # noqa: E402
-from tf_gsnr.gradients.losses import per_example_loss  # noqa: E402
+from tf_gsnr.gradients import ENGINES, losses  # noqa: E402
+from tf_gsnr.models import per_example  # noqa: E402
 
 METHODS = ("plain", "layerwise", "vectorized", "naive")
 
@@ -37,12 +37,13 @@ def compiled(method, name, batch):
     """`(tf.function under XLA, its arguments)`."""
     keras.utils.set_random_seed(0)
     model, x, y = networks.NETWORKS[name](batch)
-    loss_fn = per_example_loss(keras.losses.SparseCategoricalCrossentropy(from_logits=True), model)
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    loss_fn = per_example(loss)
 
     def plain(x, y):
         with tf.GradientTape() as tape:
-            loss = tf.reduce_mean(loss_fn(y, model(x)))
-        gradients = tape.gradient(loss, [v.value for v in model.trainable_variables])
+            mean = tf.reduce_mean(loss_fn(y, model(x)))
+        gradients = tape.gradient(mean, [v.value for v in model.trainable_variables])
         return [tf.convert_to_tensor(g) for g in gradients]
 
     def moments(x, y):
@@ -50,7 +51,7 @@ def compiled(method, name, batch):
         return found.mean, found.m2
 
     if method in ENGINES:
-        measure = ENGINES[method](model, loss_fn)
+        measure = ENGINES[method](model, losses.of_batch(model, loss))
     body = {"plain": plain, "naive": naive(model, loss_fn)}.get(method, moments)
     return tf.function(body, autograph=False, jit_compile=True), (tf.constant(x), tf.constant(y))
 

@@ -56,14 +56,15 @@ def serve(name, path):
     import tensorflow as tf
     from resources import peak_mib, steady
 
-    from tf_gsnr.gradients import layerwise
-    from tf_gsnr.gradients.losses import per_example_loss
+    from tf_gsnr.gradients import layerwise, losses
+    from tf_gsnr.models import per_example
 
     data = dict(np.load(path))
     model, _, _ = networks.NETWORKS[str(data["network"])](1)
     model.set_weights([data[k] for k in sorted(data) if k.startswith("weight")])
     x, y = tf.constant(data["x"]), tf.constant(data["y"])
-    loss_fn = per_example_loss(keras.losses.SparseCategoricalCrossentropy(from_logits=True), model)
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    loss_fn = per_example(loss)
     if name == "plain (TensorFlow)":
 
         def run(x, y):
@@ -72,7 +73,7 @@ def serve(name, path):
             return tape.gradient(loss, model.trainable_variables), []
 
     elif name == "tf_gsnr layerwise":
-        measure = layerwise.build(model, loss_fn)
+        measure = layerwise.build(model, losses.of_batch(model, loss))
 
         def run(x, y):
             moments = measure(x, y).moments

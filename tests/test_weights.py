@@ -10,10 +10,10 @@ import tensorflow as tf
 from tf_gsnr import data, gradients, plots, progress, records
 from tf_gsnr.experiments import Workbench, feature_term, weights
 from tf_gsnr.experiments.gradient_change import mean_gradient
-from tf_gsnr.gradients.losses import per_example_loss
+from tf_gsnr.models import per_example
 
 SMALL = dict(dataset="toy", model="mlp", n=30, width=6, epochs=4, every=1, term_every=2, repeats=2)
-LOSS = per_example_loss(keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+LOSS = per_example(keras.losses.SparseCategoricalCrossentropy(from_logits=True))
 
 
 @pytest.fixture(scope="module")

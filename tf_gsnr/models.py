@@ -200,6 +200,19 @@ def loss(name: str, classes):
     return "mse" if classes is None else LOSSES.get(name, cross_entropy)
 
 
+def per_example(loss):
+    """A loss of `loss`, or a Keras loss, as a function `(y_true, y_pred) -> [n]`.
+
+    For networks with one output of one position, on which Keras's masks and weights do nothing.
+    Unlike `gradients.losses` it can be differentiated forwards.
+
+    >>> per_example("mse")(tf.constant([[0.0]]), tf.constant([[3.0]])).numpy().tolist()
+    [9.0]
+    """
+    found = keras.losses.get(loss)
+    return found.call if isinstance(found, keras.losses.Loss) else found
+
+
 def build(name: str, input_shape, outputs: int, width: int, seed: int) -> keras.Model:
     """Builds the named network; the same seed gives the same initial weights.
 

@@ -19,6 +19,8 @@ from __future__ import annotations
 import importlib
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from tf_gsnr import lookup
 
 EXPERIMENTS = {
@@ -51,6 +53,17 @@ class Workbench(NamedTuple):
     replicas: int | None = None
     strategy: Any = None
     traced: dict = {}
+
+    def engine_for(self, model, loss) -> str:
+        """The engine that measures this network right, tried on a few examples of the source.
+
+        Raises:
+          ValueError: the engine that was asked for does not.
+        """
+        from tf_gsnr import gradients  # looking at a run needs no TensorFlow
+
+        x, y = self.source.draw(16, np.random.default_rng(0))
+        return gradients.chosen_engine(model, x, y, loss, self.engine)
 
 
 CONTRACT = ("Settings", "GRID", "settings", "configurations", "epochs", "work", "run")

@@ -19,7 +19,7 @@ import tensorflow as tf
 from tf_gsnr import gradients
 from tf_gsnr.experiments.replicas import each
 from tf_gsnr.gradients import recalibration
-from tf_gsnr.gradients.losses import per_example_loss
+from tf_gsnr.models import per_example
 from tf_gsnr.moments import Moments
 
 # Chunks in work at a time: where one waits, on what a single core does, the other goes on. The
@@ -62,7 +62,7 @@ class OfChunk(NamedTuple):
 
 def of_chunk(model, loss, engine="auto") -> OfChunk:
     """A built Keras model, run in inference mode; for `loss`, `engine` see `gradient_moments`."""
-    loss_fn = per_example_loss(loss, model)
+    loss_fn = per_example(loss)
     measure = gradients.build_engine(model, loss, engine=engine, sign_counts=True)
     places = {id(v): k for k, v in enumerate(model.weights)}
     trainable = [places[id(v)] for v in model.trainable_variables]

@@ -52,7 +52,7 @@ def feature_terms(model, layer, loss_fn, learning_rate: float, chunks) -> Terms:
     Args:
       model: a `keras.Sequential`, run in inference mode.
       layer: a `Dense` layer of it, with trainable layers below.
-      loss_fn: `(y_true, y_pred) -> [batch]`, see `gradients.losses.per_example_loss`.
+      loss_fn: `(y_true, y_pred) -> [batch]`, see `models.per_example`.
       learning_rate: lambda.
       chunks: `(x, y, valid)`, see `chunks.of_data`.
 
@@ -66,10 +66,10 @@ def feature_terms(model, layer, loss_fn, learning_rate: float, chunks) -> Terms:
 
     >>> import numpy as np
     >>> from tf_gsnr import gradients
-    >>> from tf_gsnr.gradients.losses import per_example_loss
+    >>> from tf_gsnr.models import per_example
     >>> model = keras.Sequential([keras.Input([2]), keras.layers.Dense(3), keras.layers.Dense(1)])
     >>> chunks = gradients.stack_chunks(np.ones([4, 2], "f4"), np.ones([4, 1], "f4"), 4)
-    >>> terms = feature_terms(model, model.layers[1], per_example_loss("mse"), 0.1, chunks)
+    >>> terms = feature_terms(model, model.layers[1], per_example("mse"), 0.1, chunks)
     >>> terms.own_weight.shape, bool(tf.reduce_all(terms.own_weight * model.layers[1].kernel <= 0))
     (TensorShape([3, 1]), True)
     """

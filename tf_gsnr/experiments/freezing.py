@@ -130,7 +130,7 @@ def _network(frozen, settings, workbench):
         source = workbench.source
         model = models.build("toy_mlp", source.input_shape, source.outputs, settings.width, seed=0)
         model.get_layer("hidden").trainable = not frozen
-        options = dict(engine=workbench.engine, jit_compile=workbench.jit_compile)
+        options = dict(engine=workbench.engine_for(model, "mse"), jit_compile=workbench.jit_compile)
         workbench.traced[frozen] = (
             model,
             descent.build(model, "mse", settings.learning_rate, **options),

@@ -44,7 +44,7 @@ def changes(model, loss_fn, learning_rate: float, chunks) -> Changes:
 
     Args:
       model: a Keras model whose layers follow one another, run in inference mode.
-      loss_fn: `(y_true, y_pred) -> [batch]`, see `gradients.losses.per_example_loss`.
+      loss_fn: `(y_true, y_pred) -> [batch]`, see `models.per_example`.
       learning_rate: lambda.
       chunks: `(x, y, valid)`, see `chunks.of_data`.
     """

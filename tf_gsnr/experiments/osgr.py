@@ -245,7 +245,7 @@ def _network(configuration, settings, workbench):
             settings.model, source.input_shape, source.outputs, width, settings.seed
         )
         loss = models.loss(settings.model, source.classes)
-        how = dict(engine=workbench.engine, jit_compile=workbench.jit_compile)
+        how = dict(engine=workbench.engine_for(model, loss), jit_compile=workbench.jit_compile)
         learning_rate, together = settings.learning_rate, workbench.replicas
         if workbench.strategy:
             together = 1

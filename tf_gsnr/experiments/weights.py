@@ -34,7 +34,6 @@ from tf_gsnr.experiments.feature_term import feature_terms
 from tf_gsnr.experiments.settings import POSITIVE, at_least, complete
 from tf_gsnr.experiments.weight_statistics import statistics
 from tf_gsnr.gradients import recalibration
-from tf_gsnr.gradients.losses import per_example_loss
 
 GRID = ("repeats",)
 
@@ -176,8 +175,8 @@ def _network(settings, workbench) -> _Network:
         model, source = initial(settings, workbench.source, settings.seed), workbench.source
         check_chain(model, settings)
         loss = models.loss(settings.model, source.classes)
-        loss_fn = per_example_loss(loss, model)
-        options = dict(engine=workbench.engine, jit_compile=workbench.jit_compile)
+        loss_fn = models.per_example(loss)
+        options = dict(engine=workbench.engine_for(model, loss), jit_compile=workbench.jit_compile)
         places = gradient_change.kernels(model)
 
         def graph(function, *arguments):

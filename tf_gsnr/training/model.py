@@ -15,7 +15,7 @@ from absl import logging
 
 from tf_gsnr import gradients
 from tf_gsnr.gradients import contract, distributed, examples
-from tf_gsnr.training import gap, step
+from tf_gsnr.training import gap, plan, step
 from tf_gsnr.training.meter import SHOWN, GSNRMeter
 
 POOLS = ("epoch", "batch")
@@ -168,7 +168,7 @@ class _Training:
             return tf.cond(due, lambda: self.measured(data), lambda: self.uncounted(data))
         logs = self.measured(data)
         if self.way == "called":
-            logs.pop(step.CHECKS, None)
+            logs.pop(plan.CHECKS, None)
         return logs
 
     def measured(self, data, due=True):
@@ -180,7 +180,7 @@ class _Training:
         pending = self.plan.pending(self.model.trainable_variables)
         if pending:
             count = len(self.model.trainable_variables)
-            logs[step.CHECKS] = {"status": tf.zeros([count], tf.int32)}
+            logs[plan.CHECKS] = {"status": tf.zeros([count], tf.int32)}
         return logs
 
     def prepare(self):
@@ -193,7 +193,7 @@ class _Training:
         if belongs_to == self.belongs_to:
             return
         self.belongs_to = belongs_to
-        self.plan = step.plan_for(model)
+        self.plan = plan.plan_for(model)
         self.plan.hides_batch_size = _hides(self.shapes)
         self.plan.sizes_vary = any(s is None or None in s[1:] for s in self.shapes)
         options = dict(self.meter_options)
@@ -279,13 +279,13 @@ class _Training:
 
     def learn(self, logs, always=False) -> bool:
         """Takes the checks out of the logs; whether the graphs are to be made anew."""
-        checks = logs.pop(step.CHECKS, None)
+        checks = logs.pop(plan.CHECKS, None)
         if checks is None or not (always or self.steps >= self.steps_at_check):
             return False
         self.steps_at_check = 2 * self.steps
         whole = len(self.plan.whole)
         checks = tf.nest.map_structure(_local, checks)
-        for line in step.learn(self.model, self.plan, checks):
+        for line in plan.learn(self.model, self.plan, checks):
             logging.warning("GSNRModel(%r): %s", self.model.name, line)
         return len(self.plan.whole) > whole
 

@@ -1,0 +1,125 @@
+"""A batch as Keras itself runs it, to compare with: the real variables, without a scope.
+
+Index letters: n example.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import NamedTuple
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from tf_gsnr.gradients import capture, contract, examples, independence, losses
+
+
+def kept_variables(model):
+    """Afterwards every `tf.Variable` that the layers keep beside Keras's is as before."""
+    return _restored(
+        value
+        for layer in contract.sublayers(model)
+        for value in vars(layer).values()
+        if isinstance(value, tf.Variable)
+    )
+
+
+@contextlib.contextmanager
+def _restored(variables):
+    before = [(v, v.read_value()) for v in {id(v): v for v in variables}.values()]
+    try:
+        yield
+    finally:
+        for variable, value in before:
+            variable.assign(value)
+
+
+class Examined(NamedTuple):
+    """What an ordinary pass over a batch shows.
+
+    Attributes:
+      gradients: per trainable variable, the gradient summed over the examples; None where the loss
+        does not depend on it.
+      mixing: the layer through which examples act on each other, or None.
+      scrambled: a layer whose rows are not in the order of the examples, or None.
+      loss_acts: whether the loss lets examples act on each other.
+    """
+
+    gradients: list
+    mixing: keras.layers.Layer | None
+    scrambled: keras.layers.Layer | None
+    loss_acts: bool
+
+
+def examine(model, loss, batch, seeds, modes, *, training, contributions) -> Examined:
+    """Runs a batch eagerly, as Keras would: the real variables, without a scope.
+
+    Args:
+      batch: `(x, y, sample_weight, valid)`.
+      seeds: a value per `contract.seed_variables(model)`.
+      modes: the context of the layers' modes.
+      contributions: whether the loss of the whole batch, times its number of examples, is meant.
+    """
+    x, y, sample_weight, valid = batch
+    n = int(examples.count((x, y)))
+    with _restored(v.value for v in model.variables), modes:
+        _assign_seeds(model, seeds)
+        with tf.GradientTape(persistent=True) as tape:
+            with capture.watching(model, [], tape, n, training=training, all_outputs=True) as found:
+                predictions = model(x, training=training)
+            adds = losses.adds(model) and not contributions
+            if adds:  # of which there is one for all examples
+                value = tf.zeros([])
+            elif contributions:
+                value = n * tf.reduce_sum(loss(x, y, predictions, sample_weight, training))
+            else:
+                each = losses.of_examples(loss, x, y, predictions, sample_weight, training)
+                value = tf.reduce_sum(tf.where(valid, each, 0))
+        gradients = tape.gradient(value, [v.value for v in model.trainable_variables])
+        gradients = [None if g is None else np.asarray(tf.convert_to_tensor(g)) for g in gradients]
+        layers, outputs = zip(*found.outputs) if found.outputs else ((), ())
+        seen = independence.rows_seen(tape, predictions, list(outputs), n) if n > 1 else []
+        del tape
+        mixing = independence.mixing_layer(layers, seen) if seen else None
+        scrambled = None
+        if n > 1 and not (training and contract.seed_variables(model)) and _sizes_vary(model):
+            _assign_seeds(model, seeds)
+            few = model(examples.rows(x, slice(0, n // 2)), training=training)
+            if _same(few, predictions):
+                own = [
+                    layer
+                    for layer, one in zip(layers, seen)
+                    if one is not None
+                    and independence.is_foreign(one)
+                    and layer.trainable_variables
+                ]
+                mixing, scrambled = None, own[0] if own else None
+            else:
+                mixing = mixing or model
+        errors = []
+        if not adds:
+            errors = independence.loss_apart(loss, x, y, predictions, sample_weight, training, n)
+    return Examined(gradients, mixing, scrambled, any(float(e) > 1e-3 for e in errors))
+
+
+def _assign_seeds(model, seeds):
+    for variable, seed in zip(contract.seed_variables(model), seeds):
+        variable.assign(seed)
+
+
+def _sizes_vary(model) -> bool:
+    """Whether the model takes batches of any number of examples."""
+    return examples.fixed_batch_size(model) is None
+
+
+def _same(few, predictions) -> bool:
+    """Whether the outputs of the first examples alone are those within the batch."""
+    for a, b in zip(independence.real(few), independence.real(predictions)):
+        if not a.shape.rank or not b.shape.rank:
+            return False
+        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)[: a.shape[0]]
+        loose = 0.1 if np.finfo(independence.real(few)[0].dtype.as_numpy_dtype).bits == 16 else 1e-3
+        if a.shape != b.shape or not np.allclose(a, b, rtol=loose, atol=loose * np.abs(b).max()):
+            return False
+    return True

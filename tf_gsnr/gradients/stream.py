@@ -1,0 +1,277 @@
+"""Micro-batches through one engine, checked and merged.
+
+Index letters: n example, j variable.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import weakref
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from tf_gsnr.gradients import (
+    conservation,
+    contract,
+    distributed,
+    examination,
+    examples,
+    losses,
+)
+from tf_gsnr.moments import Moments
+
+_ENTRIES = weakref.WeakKeyDictionary()  # model -> {options: _Entry}: a step is traced once
+
+
+@dataclasses.dataclass
+class _Entry:
+    """What is known of a model under certain options.
+
+    Attributes:
+      step: traced, by whether moments are wide.
+      loss, strategy: kept, or their ids could become another's.
+      pending: the variables that are still to be compared with their ordinary gradient.
+      unfit: whether this engine was found not to measure the model right.
+      wide: whether squares of the gradients would underflow in float32.
+    """
+
+    loss: Any
+    strategy: Any
+    pending: set
+    step: dict = dataclasses.field(default_factory=dict)
+    unfit: bool = False
+    wide: bool = False
+
+
+class Stream:
+    """Micro-batches through one engine, the first of them checked."""
+
+    def __init__(self, model, loss, engine, build, jit_compile, dtype, options, strategy, seed):
+        self.model, self.engine, self.jit_compile, self.dtype = model, engine, jit_compile, dtype
+        self.build = build
+        self.options, self.strategy = options, strategy
+        self.seed = None if seed is None else tf.constant(seed, tf.int64)
+        used = loss
+        if loss is None:
+            used = getattr(model, "_compile_loss", None)  # made anew by each compile
+        variables = model.trainable_variables
+        key = (
+            id(used),
+            id(strategy),
+            engine,
+            jit_compile,
+            dtype,
+            *sorted(options.items()),
+            *(id(v) for v in variables),
+        )
+        entries = _ENTRIES.setdefault(model, {})
+        if key not in entries:
+            pending = set(range(len(variables))) if engine == "layerwise" else {-1}
+            entries[key] = _Entry(used, strategy, pending)
+        self.entry = entries[key]
+        self.given_loss = loss
+        self.loss = losses.of_batch(model, loss)
+
+    def all(self, batches):
+        """`(moments, first example that is not finite or -1)`."""
+        state = None
+        batches = iter(batches)
+        for index, batch in enumerate(batches):
+            if state is None or self.entry.pending:
+                found = self._checked(index, batch)
+                state = found if state is None else _merged(state, found)
+                if self.strategy is not None:
+                    break
+            else:
+                state = self._one(self._step(), *state, index, batch)
+        if state is None:
+            raise ValueError("x has no examples; expected at least one")
+        if self.strategy is not None:
+            rest = distributed.stream(
+                self.strategy, self._step(), self._empty(), self.seed, batches, start=1
+            )
+            state = _merged(state, rest)
+        return state
+
+    def _empty(self):
+        dtype = "float64" if self.entry.wide else self.dtype
+        variables = self.model.trainable_variables
+        empty = Moments.empty(variables, dtype, self.options["sign_counts"])
+        return empty, tf.constant(-1, tf.int64)
+
+    def _one(self, step, moments, bad, index, batch):
+        try:
+            return step(moments, bad, tf.constant(index, tf.int64), self.seed, *batch)
+        except tf.errors.InvalidArgumentError as error:
+            rows = examples.count(batch)
+            examples.check_labels(self.model, batch[1], index * rows, error)
+            raise
+
+    def _checked(self, index, batch):
+        """The state after one micro-batch alone, compared with the ordinary gradient.
+
+        Raises:
+          NotConserved: a variable's gradients do not add up.
+          ValueError: examples act on each other.
+        """
+        first = index == 0 or self.engine == "layerwise"
+        examined = self._examined(index, batch) if first and self.entry.pending else None
+        if examined is not None:
+            self._refuse(examined)
+            self.entry.wide = self.entry.wide or _is_tiny(examined.gradients)
+        state = self._one(self._step(single=True), *self._empty(), index, batch)
+        if examined is None:
+            return state
+        if self.engine != "layerwise":
+            self.entry.pending = set()
+        elif int(state[1]) < 0 and all(
+            g is None or np.isfinite(g).all() for g in examined.gradients
+        ):
+            self._compare(state[0], examined)
+        return state
+
+    def _examined(self, index, batch):
+        options = self.options
+        if options["training"] and options["batch_norm"] == "frozen":
+            modes = contract.frozen_batch_norm(self.model)
+        else:
+            modes = contextlib.nullcontext()
+        seeds = contract.seeds_for(self.model, self.seed, index)
+        try:
+            return examination.examine(
+                self.model,
+                self.loss,
+                batch,
+                [np.asarray(s) for s in seeds],
+                modes,
+                training=options["training"],
+                contributions=options["contributions"],
+            )
+        except tf.errors.OpError as error:
+            examples.check_labels(self.model, batch[1], index * examples.count(batch), error)
+            if options["contributions"] or not self._works_whole(batch):
+                raise
+            raise ValueError(
+                f"the loss {losses.name_of(self.loss)!r} of model {self.model.name!r} cannot be "
+                "computed for one example at a time. To measure each example's contribution to "
+                "the gradient of its micro-batch instead, pass contributions=True"
+            ) from error
+
+    def _works_whole(self, batch) -> bool:
+        """Whether Keras computes the loss of the whole micro-batch."""
+        x, y, sample_weight, _ = batch
+        try:
+            with keras.StatelessScope():
+                self.loss(x, y, self.model(x, training=False), sample_weight)
+        except Exception:
+            return False
+        return True
+
+    def _refuse(self, examined):
+        """Raises where an example has no gradient of its own, or its rows cannot be told."""
+        name, options = self.model.name, self.options
+        if options["contributions"]:
+            return
+        way_out = (
+            "so an example has no gradient of its own. To measure each example's contribution to "
+            "the gradient of its micro-batch instead, pass contributions=True"
+        )
+        if examined.loss_acts:
+            raise ValueError(
+                f"the loss {losses.name_of(self.loss)!r} of model {name!r} lets the examples of a "
+                f"batch act on each other, {way_out}"
+            )
+        asked = options["training"] and options["batch_norm"] == "batch"
+        if examined.mixing is not None and not asked:
+            layer = examined.mixing
+            raise ValueError(
+                f"layer {layer.name!r} ({type(layer).__name__}) of model {name!r} lets the "
+                f"examples of a batch act on each other, {way_out}"
+            )
+        if examined.scrambled is not None and self.engine == "layerwise":
+            raise conservation.NotConserved(
+                f"model {name!r}: the rows of layer {examined.scrambled.name!r} are not those of "
+                "the examples in turn, so their gradients cannot be told apart: use "
+                "engine='vectorized', or engine='auto', which does so by itself"
+            )
+
+    def _compare(self, moments, examined):
+        n = int(moments.count)
+        variables = self.model.trainable_variables
+        means = [np.asarray(m, np.float64) for m in moments.mean]
+        spreads = [
+            np.sqrt(np.max(np.asarray(s) / n + mean**2, initial=0))
+            for s, mean in zip(moments.m2, means)
+        ]
+        noise = conservation.by_layer(variables, spreads)
+        precision = conservation.precision_of(self.model)
+        wrong = []
+        for j, variable in enumerate(variables):
+            ordinary = examined.gradients[j]
+            if ordinary is None:
+                ordinary = np.zeros_like(means[j])
+                if not spreads[j]:
+                    self.entry.pending.discard(j)  # there is nothing to compare
+                    continue
+            found = conservation.compared(precision, means[j], ordinary / n, noise[j])
+            if found == conservation.DIFFERS:
+                wrong.append(variable.path)
+            elif found == conservation.AGREES:
+                self.entry.pending.discard(j)
+        if wrong:
+            raise conservation.NotConserved(
+                f"model {self.model.name!r}: the per-example gradients of {', '.join(wrong)} do "
+                "not add up to the ordinary gradient: the variable is used outside the call of its "
+                "own layer, or a rule is wrong; use engine='vectorized', or engine='auto', which "
+                "does so by itself"
+            )
+
+    def _step(self, single=False):
+        """A traced `(moments, bad, index, seed, x, y, weight, valid) -> (moments, bad)`.
+
+        It holds the model by a weak reference only, so that the cache keeps no model alive.
+        """
+        wide = self.entry.wide
+        replicated = self.strategy is not None and not single
+        if (wide, replicated) in self.entry.step:
+            return self.entry.step[wide, replicated]
+        reference = weakref.ref(self.model)
+        measure = self.build(
+            weakref.proxy(self.model),
+            losses.of_batch(weakref.proxy(self.model), self.given_loss),
+            wide=wide,
+            **self.options,
+        )
+        dtype = "float64" if wide else self.dtype
+
+        @tf.function(jit_compile=self.jit_compile, autograph=False, reduce_retracing=False)
+        def step(total, bad, index, seed, x, y, weight, valid):
+            seeds = contract.seeds_for(reference(), seed, index)
+            found = measure(x, y, weight, valid, seeds)
+            wrong = valid & ~tf.math.is_finite(found.losses)
+            here = index * tf.size(valid, tf.int64) + tf.argmax(wrong, output_type=tf.int64)
+            bad = tf.where((bad < 0) & tf.reduce_any(wrong), here, bad)
+            moments = found.moments if dtype is None else found.moments.astype(dtype)
+            return total.merge(moments), bad
+
+        if replicated:
+            step = distributed.replicated(self.strategy, step)
+        self.entry.step[wide, replicated] = step
+        return step
+
+
+TINY = 1e-12  # squares of gradients below may underflow in float32
+
+
+def _is_tiny(gradients) -> bool:
+    sizes = [np.abs(g).max() for g in gradients if g is not None and g.size]
+    return any(0 < size < TINY for size in sizes)
+
+
+def _merged(a, b):
+    """Two states `(moments, bad)` as one."""
+    return a[0].merge(b[0]), tf.where(a[1] < 0, b[1], a[1])
