@@ -26,31 +26,36 @@ def precision_of(model) -> str:
     return next((kind for kind in kinds if "16" in kind), model.variable_dtype)
 
 
-def compared(precision, ours, theirs, noise):
-    """Whether a sum of per-example gradients is the ordinary gradient: `ZERO`, `AGREES`, `DIFFERS`.
+def compared(variables, precision, ours, theirs, variances):
+    """Whether sums of per-example gradients are the ordinary gradients, int32 `[variables]`.
 
     `ZERO`, where both are exactly zero or one is not finite, is no agreement: nothing was compared
     with nothing.
 
     Args:
+      variables: of which, for their layers.
       precision: of `precision_of`.
-      ours, theirs: the mean over examples, of the variable's shape.
-      noise: the largest root mean square of the examples' gradients, over the parameters of the
-        layer: what cancels (a bias before a batch norm) is known to the rounding of that only.
+      ours, theirs: per variable the mean over examples, of the variable's shape.
+      variances: per variable the largest over its parameters. With the mean it says how large
+        single gradients are: what cancels (a bias before a batch norm) is known to the rounding of
+        its layer's only.
     """
     error, size, own = (
-        tf.cast(tf.reduce_max(tf.abs(v)), tf.float64) for v in (ours - theirs, theirs, ours)
+        stacked([tf.reduce_max(tf.abs(v)) for v in values])
+        for values in ([a - b for a, b in zip(ours, theirs)], theirs, ours)
     )
-    noise = tf.cast(noise, tf.float64)
+    spreads = tf.sqrt(stacked(variances) + own**2)
+    layers = {}
+    index = [layers.setdefault(v.path.rpartition("/")[0], len(layers)) for v in variables]
+    noise = tf.gather(tf.math.unsorted_segment_max(spreads, index, len(layers)), index)
     small = TOLERANCE.get(precision, 0.1) * size + ROUNDING.get(precision, 0.05) * noise
     nothing = (size == 0) & (own == 0) | ~tf.math.is_finite(error)
     return tf.where(nothing, ZERO, tf.where(error <= small, AGREES, DIFFERS))
 
 
-def by_layer(variables, spreads) -> list:
-    """Per variable the largest of the spreads in its layer."""
-    largest = {}
-    for variable, spread in zip(variables, spreads):
-        layer = variable.path.rpartition("/")[0]
-        largest[layer] = tf.maximum(tf.cast(spread, tf.float64), largest.get(layer, 0.0))
-    return [largest[v.path.rpartition("/")[0]] for v in variables]
+def stacked(scalars):
+    """In float64, cast one by one only where they are not of one dtype already."""
+    scalars = [tf.convert_to_tensor(v) for v in scalars]
+    if len({v.dtype for v in scalars}) > 1:
+        scalars = [tf.cast(v, tf.float64) for v in scalars]
+    return tf.cast(tf.stack(scalars), tf.float64)

@@ -188,22 +188,24 @@ def unit_scales(calls, factor=1.0) -> dict:
 
     1 but for gradients so small that their squares would underflow in float32.
     """
-    largest = {}
+    places, sizes, of_size = {}, [], []
     for call in calls:
         for dz in tf.nest.flatten(call.dz):
             if dz is not None:
-                size = tf.cast(tf.reduce_max(tf.abs(dz)), tf.float32) * factor
-                if dz.dtype.size < 4:  # half precision is multiplied by nothing
-                    size = tf.constant(np.inf)
-                before = largest.get(id(call.layer))
-                largest[id(call.layer)] = size if before is None else tf.maximum(before, size)
-    scales = {}
-    for call in calls:
-        size = largest.get(id(call.layer))
-        if size is not None:
-            scale = tf.where(tf.math.is_inf(size), 1.0, factor * _power(size))
-            scales |= {id(v): scale for v in call.unit.variables}
-    return scales
+                half = dz.dtype.size < 4  # which is multiplied by nothing
+                size = np.inf if half else tf.cast(tf.reduce_max(tf.abs(dz)), tf.float32)
+                sizes.append(size)
+                of_size.append(places.setdefault(id(call.layer), len(places)))
+    if not sizes:
+        return {}
+    largest = factor * tf.math.unsorted_segment_max(tf.stack(sizes), of_size, len(places))
+    found = tf.unstack(tf.where(tf.math.is_inf(largest), 1.0, factor * _power(largest)))
+    return {
+        id(v): found[places[id(call.layer)]]
+        for call in calls
+        if id(call.layer) in places
+        for v in call.unit.variables
+    }
 
 
 SMALL = 2.0**-30  # gradients whose squares, and whose squares' sums, float32 holds with ease
@@ -302,11 +304,11 @@ def combined(variables, by_variable, n, valid, sign_counts, scales=None) -> tupl
     dtype = tf.int64
     count = tf.cast(n, dtype) if valid is None else tf.math.count_nonzero(valid, dtype=dtype)
     mean, m2, positives, negatives = [], [], [], []
+    counts = {v.dtype: tf.cast(tf.maximum(count, 1), v.dtype) for v in variables}
+    masks = {v.dtype: None if valid is None else tf.cast(valid, v.dtype) for v in variables}
     for variable in variables:
-        dtype = tf.as_dtype(variable.dtype)
         form = by_variable.get(id(variable)) or Nothing(variable)
-        mask = None if valid is None else tf.cast(valid, dtype)
-        one_mean, one_m2 = form.moments(tf.cast(tf.maximum(count, 1), dtype), mask)
+        one_mean, one_m2 = form.moments(counts[variable.dtype], masks[variable.dtype])
         mean.append(one_mean)
         m2.append(one_m2)
         if sign_counts:

@@ -203,25 +203,14 @@ class Stream:
         n = int(moments.count)
         variables = self.model.trainable_variables
         means = [np.asarray(m, np.float64) for m in moments.mean]
-        spreads = [
-            np.sqrt(np.max(np.asarray(s) / n + mean**2, initial=0))
-            for s, mean in zip(moments.m2, means)
+        variances = [np.max(np.asarray(s, np.float64), initial=0) / n for s in moments.m2]
+        ordinary = [
+            np.zeros_like(mean) if g is None else g / n
+            for g, mean in zip(examined.gradients, means)
         ]
-        noise = conservation.by_layer(variables, spreads)
         precision = conservation.precision_of(self.model)
-        wrong = []
-        for j, variable in enumerate(variables):
-            ordinary = examined.gradients[j]
-            if ordinary is None:
-                ordinary = np.zeros_like(means[j])
-                if not spreads[j]:
-                    self.entry.pending.discard(j)  # there is nothing to compare
-                    continue
-            found = conservation.compared(precision, means[j], ordinary / n, noise[j])
-            if found == conservation.DIFFERS:
-                wrong.append(variable.path)
-            elif found == conservation.AGREES:
-                self.entry.pending.discard(j)
+        status = conservation.compared(variables, precision, means, ordinary, variances).numpy()
+        wrong = [v.path for v, s in zip(variables, status) if s == conservation.DIFFERS]
         if wrong:
             raise conservation.NotConserved(
                 f"model {self.model.name!r}: the per-example gradients of {', '.join(wrong)} do "
@@ -229,6 +218,11 @@ class Stream:
                 "own layer, or a rule is wrong; use engine='vectorized', or engine='auto', which "
                 "does so by itself"
             )
+        for j, (found, gradient) in enumerate(zip(status, examined.gradients)):
+            # Where the loss does not depend on it there is nothing to compare.
+            nothing = gradient is None and found == conservation.ZERO
+            if found == conservation.AGREES or nothing:
+                self.entry.pending.discard(j)
 
     def _step(self, single=False):
         """A traced `(moments, bad, index, seed, x, y, weight, valid) -> (moments, bad)`.

@@ -163,12 +163,15 @@ class GSNRMeter(keras.metrics.Metric):
             after = tf.where(units > 0, tf.minimum(units, scales), scales)
             after = tf.where(usable, after, self._units.value)
             old = tf.unstack(tf.square(tf.where(units > 0, after / tf.maximum(units, 1e-38), 1)))
-            new = tf.unstack(tf.cast(tf.square(after / scales), tf.float64))
+            new = tf.cast(tf.square(after / scales), tf.float64)
             self._units.assign(after)
+        many = len(self._signal)
+        factors = [x * (tf.ones([many], tf.float64) if new is None else new) for x in (a, b, c)]
+        kinds = {v.dtype for v in self._noise}
+        factors = {k: [tf.unstack(tf.cast(x, k)) for x in factors] for k in kinds}
         for i, (mean, m2) in enumerate(zip(moments.mean, moments.m2)):
             signal, noise = self._signal[i], self._noise[i]
-            to = 1 if new is None else new[i]
-            a_i, b_i, c_i = (tf.cast(x * to, noise.dtype) for x in (a, b, c))
+            a_i, b_i, c_i = (x[i] for x in factors[noise.dtype])
             mean, m2 = tf.cast(mean, noise.dtype), tf.cast(m2, noise.dtype)
             added = a_i * tf.square(mean)
             if self._bias_corrected:
@@ -338,21 +341,19 @@ _KEPT = ("steps", "_learnt", "_gap", "_growth")
 
 def _agreement(moments, bias_corrected):
     """The sum over parameters of `metrics.same_sign`, and over how many; float64 scalars."""
-    total = number = tf.zeros([], tf.float64)
-    for counts in zip(moments.positives, moments.negatives):
-        positive, negative = (tf.cast(v, tf.float32) for v in counts)
-        n = positive + negative
-        if bias_corrected:
-            pairs = n * n - n
-            split = tf.reduce_sum(tf.math.divide_no_nan(positive * negative, pairs))
-            there = tf.cast(tf.math.count_nonzero(pairs), tf.float64)
-            total += there - 2 * tf.cast(split, tf.float64)
-        else:
-            share = tf.math.divide_no_nan(tf.maximum(positive, negative), n)
-            there = tf.cast(tf.math.count_nonzero(n), tf.float64)
-            total += tf.cast(tf.reduce_sum(share), tf.float64)
-        number += there
-    return total, number
+    positive, negative = (
+        arrays.flat([tf.cast(v, tf.float32) for v in counts])
+        for counts in (moments.positives, moments.negatives)
+    )
+    n = positive + negative
+    if bias_corrected:
+        pairs = n * n - n
+        apart = 2 * tf.math.divide_no_nan(positive * negative, pairs)
+        share, there = tf.where(pairs > 0, 1 - apart, 0), pairs > 0
+    else:
+        share, there = tf.math.divide_no_nan(tf.maximum(positive, negative), n), n > 0
+    total = tf.cast(tf.reduce_sum(share), tf.float64)
+    return total, tf.cast(tf.math.count_nonzero(there), tf.float64)
 
 
 def _spaced(ratios):

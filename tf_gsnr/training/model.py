@@ -169,6 +169,7 @@ class _Training:
         logs = self.measured(data)
         if self.way == "called":
             logs.pop(plan.CHECKS, None)
+            logs |= self.meter.result()
         return logs
 
     def measured(self, data, due=True):
@@ -269,10 +270,24 @@ class _Training:
                 continue
             due = self.steps % self.every == 0
             way = "plain" if not due else "measured" if self.plan_is_settled() else "first"
+            self.build(data)
             logs = run(way, _once(data))
+            if way == "first":
+                logs |= self.meter.result()
             self.steps += 1
             self.learn(logs, always=True)
         return logs
+
+    def build(self, data):
+        """Makes the variables of optimiser, metrics and loss, lest the step be traced twice."""
+        model = self.model
+        self.prepare()
+        if not model.optimizer.built:
+            model.optimizer.build(model.trainable_variables)
+        if getattr(model, "inputs", None) and not _is_distributed(data):
+            plain = tf.nest.map_structure(_none_if_optional, data)
+            if all(v is None or isinstance(v, tf.Tensor) for v in tf.nest.flatten(plain)):
+                model._symbolic_build(data_batch=plain)
 
     def plan_is_settled(self):
         return self.plan is not None and self.plan.settled
@@ -318,6 +333,14 @@ def _shapes(iterator) -> list:
 
 def _hides(shapes) -> bool:
     return any(s and s[0] is None for s in shapes)
+
+
+def _none_if_optional(value):
+    return None if isinstance(value, tf.experimental.Optional) else value
+
+
+def _is_distributed(data) -> bool:
+    return any(isinstance(v, tf.distribute.DistributedValues) for v in tf.nest.flatten(data))
 
 
 def _size(data) -> int:

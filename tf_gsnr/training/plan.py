@@ -11,7 +11,7 @@ import dataclasses
 import numpy as np
 import tensorflow as tf
 
-from tf_gsnr.gradients import conservation, independence, layerwise, losses
+from tf_gsnr.gradients import conservation, contract, independence, layerwise, losses
 
 CHECKS = "gsnr_checks"  # the entry of a step's logs that `learn` reads
 
@@ -63,7 +63,8 @@ def first_checks(model, plan, tape, found, data, n) -> dict:
     x, y, predictions, sample_weight = data
     if not isinstance(n, int):
         return {}
-    layers, outputs = zip(*found.outputs) if found.outputs else ((), ())
+    norms = contract.batch_norm_layers(model)
+    layers, outputs = ((), ()) if norms else _looked_at(found.outputs)
     plan.layers = list(layers)
     folded = [call for call in found.calls if call.used and call.folded]
     plan.folded = [call.layer for call in folded]
@@ -76,7 +77,8 @@ def first_checks(model, plan, tape, found, data, n) -> dict:
     if n < 2:
         return {}
     firsts = [next(z for z in tf.nest.flatten(call.output) if z.shape.rank) for call in folded]
-    seen = independence.rows_seen(tape, predictions, [*outputs, *firsts], n)
+    looked_at = [*outputs, *firsts]
+    seen = independence.rows_seen(tape, predictions, looked_at, n) if looked_at else []
     pairs = [(-1.0, 0.0) if s is None else (s.own, s.foreign) for s in seen]
     checks = {"rows": tf.stack([tf.stack(p) for p in pairs])} if pairs else {}
 
@@ -89,6 +91,17 @@ def first_checks(model, plan, tape, found, data, n) -> dict:
     except Exception:  # a loss of the user's that takes whole batches only
         errors = []
     return checks | ({"loss": tf.stack(errors)} if errors else {})
+
+
+MOST = 24  # outputs looked at: what a layer mixes shows at every output before it
+
+
+def _looked_at(outputs) -> tuple:
+    """Layers and outputs, some of many, evenly spaced from the first on."""
+    if not outputs:
+        return (), ()
+    every = -(-len(outputs) // MOST)
+    return tuple(zip(*outputs[::every]))
 
 
 def learn(model, plan: Plan, checks: dict) -> list[str]:
@@ -133,7 +146,9 @@ def _learn_rows(model, plan, checks) -> list[str]:
             for variable in layer.trainable_variables:
                 plan.unmeasured[id(variable)] = why
                 told.append(f"{variable.path} is not measured: {why}")
+    norms = contract.batch_norm_layers(model)
     mixing = independence.mixing_layer(plan.layers, seen[: len(plan.layers)])
+    mixing = norms[0] if norms else mixing
     if mixing is not None:
         plan.contributions = f"layer {mixing.name!r} ({type(mixing).__name__})"
     if "loss" in checks and (np.asarray(checks["loss"]) > 1e-3).any():

@@ -72,13 +72,17 @@ def measured(model, plan: Plan, meter, data, *, every: int = 1, due=True) -> dic
     powers = [tf.cast(scales.get(id(v), factor), tf.float32) / factor for v in variables]
     due &= _rows_are_examples(found.calls, n)
     meter.advance(_global(n))
-    show = meter.update_state
-    distributed.where(
-        tf.convert_to_tensor(due),
-        lambda moments: show(_reduced(moments), model.optimizer, every, tf.stack(powers)),
-        sums.moments,
-    )
-    return logs | meter.result() | ({CHECKS: checks} if checks else {})
+    powers = tf.stack(powers)
+
+    def show(moments):
+        meter.update_state(_reduced(moments), model.optimizer, every, powers)
+
+    if tf.get_static_value(due) is True or due is True:
+        show(sums.moments)
+    else:
+        distributed.where(due, show, sums.moments)
+    shown = {} if first else meter.result()  # those of the first step are read outside its graph
+    return logs | shown | ({CHECKS: checks} if checks else {})
 
 
 def plain(model, plan, meter, data) -> dict:
@@ -129,55 +133,64 @@ def _sums(model, plan, by_variable, scales, ordinary, n, sign_counts) -> _Sums:
     variables = model.trainable_variables
     used = {key: form for key, form in by_variable.items() if key not in plan.unmeasured}
     mean, m2, up, down = layerwise.combined(variables, used, n, None, sign_counts)
-    pending = set(plan.pending(variables))
-    noise = [tf.zeros([], tf.float64)] * len(variables)
-    if pending:
-        count = tf.cast(n, tf.float32)
-        spreads = [
-            tf.sqrt(tf.reduce_max(s / tf.cast(count, s.dtype) + m**2)) if j in pending else 0.0
-            for j, (m, s) in enumerate(zip(mean, m2))
-        ]
-        noise = conservation.by_layer(variables, spreads)
-    gradients, status, missed = [], [], []
+    whole = [tf.cast(scales.get(id(v), 1.0), tf.float32) for v in variables]
+    per_sums = tf.unstack(tf.cast(n, tf.float32) / tf.stack(whole))  # times the mean: the sum
+    gradients, missed, status = list(ordinary), [], [conservation.UNUSED] * len(variables)
+    pending = []
     for j, variable in enumerate(variables):
         key, dtype = id(variable), mean[j].dtype
-        theirs, state = ordinary[j], tf.constant(conservation.UNUSED)
-        gradients.append(theirs)
-        if theirs is None:
+        if ordinary[j] is None:
             plan.served.setdefault(key, False)
         elif key in plan.unmeasured or key not in used:
             missed += [variable] if key not in plan.unmeasured else []
             mean[j] = m2[j] = tf.fill(variable.shape, tf.constant(np.nan, dtype))
-        else:
-            per_sum = tf.cast(n, dtype) / tf.cast(scales[key], dtype)
-            if key in plan.served:
-                if not isinstance(theirs, tf.IndexedSlices):
-                    # A sparse gradient (an embedding's) stays: optimisers treat its rows apart.
-                    own = tf.cast(mean[j] * per_sum, theirs.dtype)
-                    penalty = _penalty_gradient(model, variable) if plan.served[key] else None
-                    gradients[j] = own if penalty is None else own + penalty
-            else:
-                state = _compared(model, variable, mean[j], theirs, per_sum, noise[j])
-                wrong = tf.equal(state, conservation.DIFFERS)
-                mean[j] = tf.where(wrong, tf.constant(np.nan, dtype), mean[j])
-                m2[j] = tf.where(wrong, tf.constant(np.nan, dtype), m2[j])
-        status.append(tf.cast(state, tf.int32))
+        elif key not in plan.served:
+            pending.append(j)
+        elif not isinstance(ordinary[j], tf.IndexedSlices):
+            # A sparse gradient (an embedding's) stays: optimisers treat its rows apart.
+            own = tf.cast(mean[j] * tf.cast(per_sums[j], dtype), ordinary[j].dtype)
+            penalty = _penalty_gradient(model, variable) if plan.served[key] else None
+            gradients[j] = own if penalty is None else own + penalty
+    found = _compared(
+        model, [variables[j] for j in pending], pending, mean, m2, ordinary, per_sums, n
+    )
+    for j, state in zip(pending, found):
+        wrong = tf.equal(state, conservation.DIFFERS)
+        mean[j], m2[j] = (
+            tf.where(wrong, tf.constant(np.nan, v.dtype), v) for v in (mean[j], m2[j])
+        )
+        status[j] = state
     count = tf.cast(n, tf.int64)
     moments = Moments(count, tf.zeros([], tf.float64), mean, m2, up, down)
     return _Sums(gradients, moments, status, missed)
 
 
-def _compared(model, variable, mean, theirs, per_sum, noise):
-    """Of one variable, with its regulariser taken out of the ordinary gradient, or left in."""
-    theirs = tf.cast(tf.convert_to_tensor(theirs), mean.dtype)
+def _compared(model, variables, places, mean, m2, ordinary, per_sums, n) -> list:
+    """The status of these variables, with their regulariser taken out of the ordinary gradient."""
+    if not variables:
+        return []
+    ours, theirs, penalised, variances = [], [], [], []
+    for j, variable in zip(places, variables):
+        dtype = mean[j].dtype
+        per_sum = tf.cast(per_sums[j], dtype)
+        gradient = tf.cast(tf.convert_to_tensor(ordinary[j]), dtype) / per_sum
+        penalty = _penalty_gradient(model, variable)
+        ours.append(mean[j])
+        theirs.append(gradient)
+        penalised.append(
+            gradient if penalty is None else gradient - tf.cast(penalty, dtype) / per_sum
+        )
+        variances.append(tf.reduce_max(m2[j]))
+    count = tf.cast(n, tf.float64)
+    variances = tf.unstack(conservation.stacked(variances) / count)
     precision = conservation.precision_of(model)
-    state = conservation.compared(precision, mean, theirs / per_sum, noise)
-    penalty = _penalty_gradient(model, variable)
-    if penalty is None:
-        return state
-    without = (theirs - tf.cast(penalty, mean.dtype)) / per_sum
-    penalised = conservation.compared(precision, mean, without, noise)
-    return tf.where(tf.equal(penalised, conservation.AGREES), conservation.PENALISED, state)
+    status = conservation.compared(variables, precision, ours, theirs, variances)
+    if any(v.regularizer is not None for v in variables):
+        without = conservation.compared(variables, precision, ours, penalised, variances)
+        agrees = tf.constant([v.regularizer is not None for v in variables])
+        agrees &= tf.equal(without, conservation.AGREES)
+        status = tf.where(agrees, conservation.PENALISED, status)
+    return tf.unstack(status)
 
 
 def _penalty_gradient(model, variable):
