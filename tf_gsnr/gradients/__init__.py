@@ -251,6 +251,8 @@ def _measured(
     examples.check_batch_size(batch_size)
     contract.check_model(model)
     contract.check_batch_norm(batch_norm)
+    if dtype not in (None, "float32", "float64"):
+        raise ValueError(f"dtype={dtype!r}: expected 'float32', 'float64' or None")
     if strategy is not None:
         distributed.check_strategy(strategy, model)
     if recalibrate and training and batch_norm == "batch":
@@ -280,8 +282,10 @@ def _measured(
     statistics = contextlib.nullcontext()
     if recalibrate:
         statistics = recalibration.whole_data_statistics(model, data)
-    with examination.kept_variables(model), statistics:
-        engines = ["layerwise", "vectorized"] if engine == "auto" else [engine]
+    with examination.kept_variables(model, loss), statistics:
+        engines = [engine]
+        if engine == "auto":  # the reference engine runs examples alone: it has no contributions
+            engines = ["layerwise"] if contributions else ["layerwise", "vectorized"]
         for name in engines:
             stream = Stream(
                 model, loss, name, ENGINES[name], compiled, dtype, options, strategy, seed

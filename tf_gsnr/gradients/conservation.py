@@ -12,8 +12,7 @@ from tf_gsnr.gradients import contract
 
 TOLERANCE = {"float64": 1e-8, "float32": 1e-3}  # of others (half precision): 0.1
 ROUNDING = {"float64": 1e-12, "float32": 1e-5}  # of sums of gradients that cancel; others 0.05
-# What a comparison may find. PENALISED: it agrees, but for the gradient of its regulariser.
-ZERO, AGREES, DIFFERS, UNUSED, PENALISED = range(5)
+ZERO, UNUSED, AGREES, DIFFERS = range(4)  # what a comparison may find, the worst last
 
 
 class NotConserved(ValueError):

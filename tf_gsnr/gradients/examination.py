@@ -15,14 +15,19 @@ import tensorflow as tf
 from tf_gsnr.gradients import capture, contract, examples, independence, losses
 
 
-def kept_variables(model):
-    """Afterwards every `tf.Variable` that the layers keep beside Keras's is as before."""
-    return _restored(
-        value
-        for layer in contract.sublayers(model)
-        for value in vars(layer).values()
-        if isinstance(value, tf.Variable)
-    )
+def kept_variables(model, loss=None):
+    """Afterwards every `tf.Variable` that layers and losses keep beside Keras's is as before.
+
+    Of a loss that is a function, those that it closes over.
+    """
+    given = getattr(model, "loss", None) if loss is None else loss
+    losses_given = [given] if callable(given) else keras.tree.flatten(given)
+    values = []
+    for owner in [*contract.sublayers(model), *losses_given]:
+        values += getattr(owner, "__dict__", {}).values()
+        function = getattr(owner, "fn", owner)  # of Keras's wrapper
+        values += [cell.cell_contents for cell in getattr(function, "__closure__", None) or ()]
+    return _restored(value for value in values if isinstance(value, tf.Variable))
 
 
 @contextlib.contextmanager
@@ -119,7 +124,7 @@ def _same(few, predictions) -> bool:
         if not a.shape.rank or not b.shape.rank:
             return False
         a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)[: a.shape[0]]
-        loose = 0.1 if np.finfo(independence.real(few)[0].dtype.as_numpy_dtype).bits == 16 else 1e-3
+        loose = 0.1 if independence.real(few)[0].dtype.size == 2 else 1e-3
         if a.shape != b.shape or not np.allclose(a, b, rtol=loose, atol=loose * np.abs(b).max()):
             return False
     return True

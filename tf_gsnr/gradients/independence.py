@@ -87,6 +87,38 @@ def are_scrambled(seen: Seen) -> bool:
     return is_foreign(seen) and float(seen.foreign) > 0.25 * float(seen.own)
 
 
+def loss_coupling(tape, loss, predictions, n: int):
+    """What a random function of the loss's gradient at S's outputs depends on.
+
+    It is the outputs of S alone, unless the loss lets examples act on each other: `Seen`, or None
+    where the gradient does not depend on the outputs (a loss that is linear in them).
+
+    Args:
+      tape: persistent, of the loss.
+      loss: scalar.
+    """
+    outputs = [p for p in real(predictions) if p.shape.rank and p.shape[0] == n]
+    chosen = part_of(n)
+    with tape:
+        total = [tf.zeros([], tf.float64)]
+        for k, gradient in enumerate(tape.gradient(loss, outputs)):
+            if gradient is not None:
+                factors = tf.random.stateless_normal(tf.shape(gradient), [k, 11])
+                terms = tf.boolean_mask(gradient * tf.cast(factors, gradient.dtype), chosen)
+                total.append(tf.cast(tf.reduce_sum(terms), tf.float64))
+        target = tf.add_n(total)
+    own, foreign = [], []
+    for gradient in tape.gradient(target, outputs):
+        if gradient is not None:
+            squares = tf.square(tf.cast(tf.convert_to_tensor(gradient), tf.float64))
+            squares = tf.reduce_mean(tf.reshape(squares, [n, -1]), 1)
+            own.append(tf.reduce_mean(tf.boolean_mask(squares, chosen)))
+            foreign.append(tf.reduce_mean(tf.boolean_mask(squares, ~chosen)))
+    if not own:
+        return None
+    return Seen(*(tf.cast(tf.add_n(v), tf.float32) for v in (own, foreign)))
+
+
 def loss_apart(loss, x, y, predictions, sample_weight, training, n: int) -> list:
     """Whether the loss lets examples act on each other, `[error]` per half of the batch.
 

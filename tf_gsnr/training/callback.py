@@ -144,6 +144,8 @@ class GSNRCallback(keras.callbacks.Callback):
             if not gap.supported(self.model.optimizer):
                 logging.info("gsnr/gap_predicted is not known for this optimiser")
         self._latest = dict.fromkeys(self._columns(), math.nan) | self._latest
+        if self.model.built:
+            self._refuse_what_cannot_be_measured()
         if self._run_dir is not None and self._directory is None:
             self._directory = RunDirectory(
                 self._run_dir, self._settings(), overwrite=self._overwrite
@@ -151,6 +153,15 @@ class GSNRCallback(keras.callbacks.Callback):
             self._directory.write_config(_environment())
         if self._log_dir is not None and self._writer is None:
             self._writer = tensorboard.open_writer(self._log_dir)
+
+    def _refuse_what_cannot_be_measured(self):
+        """Measures one micro-batch, so that what is refused is refused before training."""
+        batch = next(iter(data.micro_batches(self._x, self._y, None, self._batch_size)))
+        if data.is_stream(self._x):
+            x, y = data.Batches([batch[:3]]), None
+        else:
+            x, y = (data.rows(v, slice(0, self._batch_size)) for v in (self._x, self._y))
+        gradients.gradient_moments(self.model, x, y, **dict(self._options, sample_weight=None))
 
     def on_epoch_begin(self, epoch, logs=None):
         self._epoch = epoch

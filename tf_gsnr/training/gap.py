@@ -63,9 +63,9 @@ def preconditioner(optimizer, gradients) -> list:
         mu = optimizer.momentum
         factors = [rate * (1 - mu**k) / (1 - mu) if mu < 1 else rate * k] * len(gradients)
     elif name in ("Adam", "AdamW"):
-        first = [m.value / (1 - optimizer.beta_1**k) for m in optimizer._momentums]
+        first = [_float32(m) / (1 - optimizer.beta_1**k) for m in optimizer._momentums]
         second = optimizer._velocity_hats if optimizer.amsgrad else optimizer._velocities
-        second = [v.value / (1 - optimizer.beta_2**k) for v in second]
+        second = [_float32(v) / (1 - optimizer.beta_2**k) for v in second]
         factors = [
             rate * _rest(tf.square(m), v) / (tf.sqrt(v) + optimizer.epsilon)
             for m, v in zip(first, second)
@@ -74,14 +74,18 @@ def preconditioner(optimizer, gradients) -> list:
         share = 1 - optimizer.rho if name == "RMSprop" else 1.0
         second = optimizer._velocities if name == "RMSprop" else optimizer._accumulators
         factors = [
-            rate * _rest(share * tf.square(g), v.value) / tf.sqrt(v.value + optimizer.epsilon)
-            for g, v in zip(gradients, second)
+            rate * _rest(share * tf.square(_float32(g)), v) / tf.sqrt(v + optimizer.epsilon)
+            for g, v in zip(gradients, map(_float32, second))
         ]
     else:
         raise ValueError(f"optimizer {name}: expected one of {', '.join(SUPPORTED)}")
     steps = optimizer.gradient_accumulation_steps or 1  # an update is the mean of so many batches
     clips = _clipping(optimizer, gradients)
     return [tf.cast(c / steps, f.dtype) * f for c, f in zip(clips, factors)]
+
+
+def _float32(value):
+    return tf.cast(tf.convert_to_tensor(getattr(value, "value", value)), tf.float32)
 
 
 def _rest(part, whole):

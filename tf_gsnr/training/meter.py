@@ -85,6 +85,8 @@ class GSNRMeter(keras.metrics.Metric):
         self.steps = state("steps")  # training steps since the start
         self.seen = state("seen")  # examples in this epoch
         self.examples = state("examples", value=examples or 0)  # N as told; 0 if not
+        # The worst that comparisons with the ordinary gradient found; see `conservation`.
+        self.status = state("status", [len(paths)], "int32")
         self._learnt = state("learnt")  # N as counted in the longest epoch so far
         self._gap = state("gap", dtype="float64")  # N times gap_growth
         self._growth = state("growth", dtype="float64", value=np.nan)  # of it, in the last step

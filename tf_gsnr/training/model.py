@@ -5,6 +5,7 @@ The step itself is in `step.py`, what is shown in `meter.py`.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import weakref
 
@@ -52,9 +53,9 @@ def GSNRModel(  # noqa: N802 (one line of a script, in the place of a class)
     They are NaN where they cannot be told from zero; the reason is logged once an epoch. How each
     is added up over the steps is in `GSNRMeter`.
 
-    On the first batch the sum of what is measured is compared, variable by variable, with the
-    ordinary gradient. What does not agree is trained with the ordinary gradient, is not measured
-    (NaN, and left out of the numbers of the whole), and is named once in a warning.
+    The optimiser is given the gradient that Keras gives it. On the first batch, and at every 16th
+    step, the sum of what is measured is compared with it, variable by variable. What does not agree
+    is not measured (NaN, and left out of the numbers of the whole), and is named once in a warning.
 
     Where examples act on each other, through batch statistics or a contrastive loss, what is shown
     is of each example's contribution to the batch's gradient; the first fit says so.
@@ -119,7 +120,7 @@ class _Training:
         self.unbuilt = True  # may be
         self.shapes = [None]  # of the batches, as far as they are known before
         self.steps = 0  # that were made so far
-        self.steps_at_check = 1
+        self.stale = False  # whether the graphs are to be made anew
 
     @property
     def model(self):
@@ -136,11 +137,15 @@ class _Training:
         model = self.model
         distributed.check_fit(model.distribute_strategy)
         fit = type(model).fit
-        bound = inspect.signature(fit).bind(model, *args, **kwargs)
-        given = {k: v for k, v in bound.arguments.items() if k != "self"}
-        given |= given.pop("kwargs", {})
+        signature = inspect.signature(fit)
+        bound = signature.bind(model, *args, **kwargs)
+        kinds = {p.kind: p.name for p in signature.parameters.values()}
+        rest = kinds.get(inspect.Parameter.VAR_KEYWORD)
+        given = bound.arguments
+        if "callbacks" not in signature.parameters and rest:
+            given = bound.arguments.setdefault(rest, {})  # a fit of the user's own passes it on
         if self.fixed_examples is None:
-            self.told = _length(given)
+            self.told = _length({**bound.arguments, **given})
         if self.meter is not None:
             self.meter.examples.assign(self.told)
         callbacks = given.get("callbacks")
@@ -148,10 +153,10 @@ class _Training:
             own = _Epochs(self)
             own.set_model(model)
             callbacks.callbacks.insert(0, own)
-        else:
+        elif "callbacks" in signature.parameters or rest:
             more = callbacks if isinstance(callbacks, (list, tuple)) else [callbacks]
             given["callbacks"] = [_Epochs(self), *(c for c in more if c is not None)]
-        return fit(model, **given)
+        return fit(*bound.args, **bound.kwargs)
 
     def train_step(self, data):
         """One step of the way that is being traced; without one, as the first."""
@@ -165,7 +170,8 @@ class _Training:
             due = tf.equal(self.meter.steps.value % self.every, 0)
             if step.replicas() > 1:
                 return self.measured(data, due)
-            return tf.cond(due, lambda: self.measured(data), lambda: self.uncounted(data))
+            plain = functools.partial(step.plain, model, self.plan, self.meter, data)
+            return tf.cond(due, lambda: self.measured(data), plain)
         logs = self.measured(data)
         if self.way == "called":
             logs.pop(plan.CHECKS, None)
@@ -174,15 +180,6 @@ class _Training:
 
     def measured(self, data, due=True):
         return step.measured(self.model, self.plan, self.meter, data, every=self.every, due=due)
-
-    def uncounted(self, data):
-        """A plain step with the logs of a measured one."""
-        logs = step.plain(self.model, self.plan, self.meter, data)
-        pending = self.plan.pending(self.model.trainable_variables)
-        if pending:
-            count = len(self.model.trainable_variables)
-            logs[plan.CHECKS] = {"status": tf.zeros([count], tf.int32)}
-        return logs
 
     def prepare(self):
         """Makes the meter and the plan when the model is built; anew for another optimiser."""
@@ -242,10 +239,13 @@ class _Training:
             way = "measured"
             if self.every > 1:
                 way = "either" if several else "measured" if due else "plain"
-            logs = run(way, iterator)
-            self.steps += model.steps_per_execution
-            if self.learn(logs):
+            if self.stale:
                 functions.clear()
+                self.stale = False
+            logs = run(way, iterator)
+            before, self.steps = self.steps, self.steps + model.steps_per_execution
+            if self.steps // step.CHECK_EVERY > before // step.CHECK_EVERY:
+                self.learn({})
             return logs
 
         model.train_function = train_function
@@ -266,6 +266,7 @@ class _Training:
                 logs = run("unbuilt", _once(data))
                 self.prepare()
                 self.meter.advance(_size(data))
+                self.steps += 1
                 logs |= self.meter.result()
                 continue
             due = self.steps % self.every == 0
@@ -275,7 +276,7 @@ class _Training:
             if way == "first":
                 logs |= self.meter.result()
             self.steps += 1
-            self.learn(logs, always=True)
+            self.learn(logs.pop(plan.CHECKS, {}))
         return logs
 
     def build(self, data):
@@ -292,17 +293,16 @@ class _Training:
     def plan_is_settled(self):
         return self.plan is not None and self.plan.settled
 
-    def learn(self, logs, always=False) -> bool:
-        """Takes the checks out of the logs; whether the graphs are to be made anew."""
-        checks = logs.pop(plan.CHECKS, None)
-        if checks is None or not (always or self.steps >= self.steps_at_check):
-            return False
-        self.steps_at_check = 2 * self.steps
-        whole = len(self.plan.whole)
+    def learn(self, checks):
+        """Draws the conclusions from what the steps have seen, and says what is to be said."""
+        whole, unmeasured = len(self.plan.whole), len(self.plan.unmeasured)
+        first = not self.plan.settled
         checks = tf.nest.map_structure(_local, checks)
-        for line in plan.learn(self.model, self.plan, checks):
+        status = self.meter.status.numpy()
+        for line in plan.learn(self.model, self.plan, checks, status):
             logging.warning("GSNRModel(%r): %s", self.model.name, line)
-        return len(self.plan.whole) > whole
+        grown = len(self.plan.whole) > whole or len(self.plan.unmeasured) > unmeasured
+        self.stale = self.stale or grown and not first
 
 
 class _Epochs(keras.callbacks.Callback):
@@ -315,9 +315,9 @@ class _Epochs(keras.callbacks.Callback):
     def on_epoch_begin(self, epoch, logs=None):
         if self.training.meter is not None:
             self.training.meter.reset_state()
-        self.training.steps_at_check = 0  # look again at what is still to be compared
 
     def on_epoch_end(self, epoch, logs=None):
+        self.training.learn({})
         for reason in self.training.meter.reasons():
             logging.warning("epoch %d: %s", epoch + 1, reason)
 
@@ -365,7 +365,9 @@ def _local(value):
 def _check(model, engine, measure_every, pool, shown, examples):
     if not isinstance(model, keras.Model):
         raise ValueError(f"model={model!r}: expected a keras.Model, got {type(model).__name__}")
-    if type(model).train_step is not keras.Model.train_step:
+    own = vars(model).get("train_step")
+    own = own is not None and not isinstance(getattr(own, "__self__", None), _Training)
+    if own or type(model).train_step is not keras.Model.train_step:
         raise ValueError(
             f"model {model.name!r} has a train_step of its own, which GSNRModel would pass over: "
             "keep the model as it is and measure it with GSNRCallback"

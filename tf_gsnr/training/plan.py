@@ -22,8 +22,7 @@ class Plan:
 
     Attributes:
       whole: layers that are observed from outside; see `layerwise.whole_layers`.
-      served: `id(variable) -> ` whether the gradient of its regulariser is to be added to the sum
-        over its examples. These variables agreed with the ordinary gradient.
+      agreed: ids of the variables that were found to agree with their ordinary gradient.
       unmeasured: `id(variable) -> ` why it is not measured.
       folds: `(id(layer), k) -> ` rows per example of the layer's k-th call.
       layers: of the outputs that the first step looked at, in order.
@@ -37,7 +36,7 @@ class Plan:
     """
 
     whole: list
-    served: dict = dataclasses.field(default_factory=dict)
+    agreed: set = dataclasses.field(default_factory=set)
     unmeasured: dict = dataclasses.field(default_factory=dict)
     folds: dict = dataclasses.field(default_factory=dict)
     layers: list = dataclasses.field(default_factory=list)
@@ -49,19 +48,21 @@ class Plan:
     hides_batch_size: bool = False
     contributions: str | None = None
 
-    def pending(self, variables) -> list:
-        known = {*self.served, *self.unmeasured}
-        return [j for j, v in enumerate(variables) if id(v) not in known]
-
 
 def plan_for(model) -> Plan:
     return Plan(layerwise.whole_layers(model))
 
 
-def first_checks(model, plan, tape, found, data, n) -> dict:
-    """Whether examples act on each other, and where the rows of each call are."""
-    x, y, predictions, sample_weight = data
-    if not isinstance(n, int):
+def first_checks(plan, model, tape, found, loss, predictions, n) -> dict:
+    """Whether examples act on each other, and where the rows of each call are.
+
+    Args:
+      tape: persistent, of the forward pass and the loss.
+      found: the `capture.Pass` of it.
+      loss, predictions: what came of it.
+      n: the number of examples; nothing is said where it is not known when traced.
+    """
+    if not isinstance(n, int) or _calls_python():
         return {}
     norms = contract.batch_norm_layers(model)
     layers, outputs = ((), ()) if norms else _looked_at(found.outputs)
@@ -78,19 +79,21 @@ def first_checks(model, plan, tape, found, data, n) -> dict:
         return {}
     firsts = [next(z for z in tf.nest.flatten(call.output) if z.shape.rank) for call in folded]
     looked_at = [*outputs, *firsts]
-    seen = independence.rows_seen(tape, predictions, looked_at, n) if looked_at else []
-    pairs = [(-1.0, 0.0) if s is None else (s.own, s.foreign) for s in seen]
-    checks = {"rows": tf.stack([tf.stack(p) for p in pairs])} if pairs else {}
-
-    def loss(x, y, predictions, sample_weight, training):
-        return model._compute_loss(x, y, predictions, sample_weight, training=training)
-
-    loss.uses_inputs = True
     try:
-        errors = independence.loss_apart(loss, x, y, predictions, sample_weight, True, n)
-    except Exception:  # a loss of the user's that takes whole batches only
-        errors = []
-    return checks | ({"loss": tf.stack(errors)} if errors else {})
+        seen = independence.rows_seen(tape, predictions, looked_at, n) if looked_at else []
+        coupling = independence.loss_coupling(tape, loss, predictions, n)
+    except Exception:  # an op without a second gradient: nothing is seen, and training goes on
+        return {}
+    pairs = [(-1.0, 0.0) if s is None else (s.own, s.foreign) for s in [*seen, coupling]]
+    return {"rows": tf.stack([tf.stack(p) for p in pairs])}
+
+
+def _calls_python() -> bool:
+    """Whether the step calls Python functions, whose gradients TensorFlow gives only once."""
+    if tf.executing_eagerly():
+        return False
+    graph = tf.compat.v1.get_default_graph()
+    return any("PyFunc" in op.type for op in graph.get_operations())
 
 
 MOST = 24  # outputs looked at: what a layer mixes shows at every output before it
@@ -104,35 +107,35 @@ def _looked_at(outputs) -> tuple:
     return tuple(zip(*outputs[::every]))
 
 
-def learn(model, plan: Plan, checks: dict) -> list[str]:
-    """Takes what a step's checks say into the plan; returns what the user is to be told."""
+def learn(model, plan: Plan, checks: dict, status) -> list[str]:
+    """Takes what the steps so far have seen into the plan; returns what the user is to be told.
+
+    Args:
+      checks: of the first step's logs.
+      status: per variable the worst that comparisons with the ordinary gradient have found.
+    """
     told = []
-    variables = model.trainable_variables
-    status = checks.get("status")
     if not plan.settled:
         told += _learn_rows(model, plan, checks)
     plan.whole, unseen = layerwise.wider(model, plan.whole, plan.missed)
-    for variable in unseen:
-        why = plan.reasons.get(id(variable), "it is used outside the call of its own layer")
-        plan.unmeasured.setdefault(id(variable), why)
-        told.append(f"{variable.path} is not measured: {why}")
-    promoted = {id(v) for v in plan.missed} - {id(v) for v in unseen}
-    for j in plan.pending(variables) if status is not None else []:
-        variable, found = variables[j], int(status[j])
-        if id(variable) in promoted:
-            continue
-        if found in (conservation.AGREES, conservation.PENALISED):
-            plan.served[id(variable)] = found == conservation.PENALISED
-        elif found == conservation.DIFFERS:
-            why = plan.reasons.get(
-                id(variable),
-                "what passes through its layer is not the whole of its gradient: it is used "
-                "outside the call of its own layer as well",
-            )
-            plan.unmeasured[id(variable)] = why
-            told.append(f"{variable.path} is not measured: {why}")
+    wrong = []
+    for variable, found in zip(model.trainable_variables, status):
+        if found == conservation.AGREES:
+            plan.agreed.add(id(variable))
+        elif found == conservation.DIFFERS and id(variable) not in plan.unmeasured:
+            wrong.append(variable)
+    for variable in [*unseen, *wrong]:
+        why = plan.reasons.get(id(variable), _OUTSIDE)
+        plan.unmeasured[id(variable)] = why
+        told.append(f"{variable.path} is trained by its ordinary gradient, but not measured: {why}")
     plan.settled, plan.missed = True, []
     return told
+
+
+_OUTSIDE = (
+    "what passes through its layer is not the whole of its gradient, so it is used outside the "
+    "call of its own layer as well, now and then at least"
+)
 
 
 def _learn_rows(model, plan, checks) -> list[str]:
@@ -140,18 +143,19 @@ def _learn_rows(model, plan, checks) -> list[str]:
     rows = np.asarray(checks["rows"]) if "rows" in checks else np.zeros([0, 2])
     seen = [independence.Seen(*row) if row[0] >= 0 else None for row in rows]
     told = []
+    coupling = seen.pop() if seen else None
     for layer, one in zip(plan.folded, seen[len(plan.layers) :]):
         if one is None or independence.are_scrambled(one):
             why = f"the rows of layer {layer.name!r} cannot be told to be the examples' in turn"
             for variable in layer.trainable_variables:
                 plan.unmeasured[id(variable)] = why
-                told.append(f"{variable.path} is not measured: {why}")
+                told.append(f"{variable.path} is trained, but not measured: {why}")
     norms = contract.batch_norm_layers(model)
     mixing = independence.mixing_layer(plan.layers, seen[: len(plan.layers)])
     mixing = norms[0] if norms else mixing
     if mixing is not None:
         plan.contributions = f"layer {mixing.name!r} ({type(mixing).__name__})"
-    if "loss" in checks and (np.asarray(checks["loss"]) > 1e-3).any():
+    if coupling is not None and independence.is_foreign(coupling):
         plan.contributions = f"the loss {losses.names_of(model)!r}"
     if plan.contributions:
         told.append(

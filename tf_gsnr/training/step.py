@@ -3,17 +3,16 @@
 The forward pass, the loss and the assignments are those of `keras.Model.train_step`, on the user's
 own model object and its real variables. The loss L is differentiated once, to the outputs of the
 layers; from these gradients the rules make c[n], B times the part of dL/dW that passes through
-example n's rows, so that mean_n c[n] = dL/dW for every loss, mask, weight and reduction. Where that
-is so on the user's data, the optimiser is given the sum, which saves the gradient by the weights a
-second pass; where not, the ordinary gradient.
+example n's rows, so that mean_n c[n] = dL/dW for every loss, mask, weight and reduction. The
+optimiser is given the ordinary gradient, whatever is measured: a sum that agrees on one batch may
+differ on the next, where a variable is used outside its layer now and then. In the first step and
+in every 16th the two are compared, and a variable for which they differ is not measured.
 
 Index letters: n example, B the global batch size, R replicas, S the factor by which mixed precision
 scales the loss.
 """
 
 from __future__ import annotations
-
-import dataclasses
 
 import keras
 import numpy as np
@@ -22,6 +21,8 @@ import tensorflow as tf
 from tf_gsnr.gradients import capture, conservation, distributed, layerwise, rules
 from tf_gsnr.moments import Moments
 from tf_gsnr.training.plan import CHECKS, Plan, first_checks
+
+CHECK_EVERY = 16  # steps, from one comparison with the ordinary gradient to the next
 
 
 def measured(model, plan: Plan, meter, data, *, every: int = 1, due=True) -> dict:
@@ -57,18 +58,16 @@ def measured(model, plan: Plan, meter, data, *, every: int = 1, due=True) -> dic
     factor = _global(n) / loss_scale(model.optimizer)  # c[n] = B / S times what passes through n
     scales = layerwise.unit_scales(found.calls, factor)
     by_variable = layerwise.forms_of(found.calls, plan.folds, scales, plan.reasons)
-    sums = _sums(model, plan, by_variable, scales, ordinary, n, meter.sign_counts)
-    checks = {"status": tf.stack(sums.status)} if plan.pending(variables) else {}
-    if first:
-        checks |= first_checks(model, plan, tape, found, (x, y, predictions, sample_weight), n)
-    plan.missed = sums.missed
+    moments = _moments(model, plan, meter, by_variable, scales, ordinary, n)
+    checks = first_checks(plan, model, tape, found, scaled, predictions, n) if first else {}
     del tape
 
-    model.optimizer.apply_gradients(zip(sums.gradients, variables))
+    model.optimizer.apply_gradients(zip(ordinary, variables))
     logs = model.compute_metrics(*given[:3], sample_weight=given[3])
+    _refuse_names(logs, meter)
     if isinstance(model.optimizer, keras.optimizers.LossScaleOptimizer):
         # The optimiser skips a step whose scaled gradients overflow, and so does the meter.
-        due &= _all_finite(sums.gradients)
+        due &= _all_finite(ordinary)
     powers = [tf.cast(scales.get(id(v), factor), tf.float32) / factor for v in variables]
     due &= _rows_are_examples(found.calls, n)
     meter.advance(_global(n))
@@ -77,10 +76,10 @@ def measured(model, plan: Plan, meter, data, *, every: int = 1, due=True) -> dic
     def show(moments):
         meter.update_state(_reduced(moments), model.optimizer, every, powers)
 
-    if tf.get_static_value(due) is True or due is True:
-        show(sums.moments)
+    if replicas() == 1 and tf.get_static_value(tf.convert_to_tensor(due)):
+        show(moments)
     else:
-        distributed.where(due, show, sums.moments)
+        distributed.where(due, show, moments)
     shown = {} if first else meter.result()  # those of the first step are read outside its graph
     return logs | shown | ({CHECKS: checks} if checks else {})
 
@@ -119,56 +118,57 @@ def _called(model, x):
     return model(x, training=True) if model._call_has_training_arg else model(x)
 
 
-@dataclasses.dataclass
-class _Sums:
-    """Per variable: what the optimiser is given, what is measured, and what the check says."""
+def _refuse_names(logs, meter):
+    """Raises ValueError, while the step is traced, where a metric has a name that we show."""
+    taken = [name for name in meter.result_names if name in logs]
+    if taken:
+        raise ValueError(
+            f"the model has metrics of the names {taken}, which GSNRModel shows too: rename them, "
+            "or leave these out of shown="
+        )
 
-    gradients: list
-    moments: Moments
-    status: list
-    missed: list
 
-
-def _sums(model, plan, by_variable, scales, ordinary, n, sign_counts) -> _Sums:
+def _moments(model, plan, meter, by_variable, scales, ordinary, n) -> Moments:
+    """Of the batch's contributions, scaled; NaN for what is not measured. Notes the comparison."""
     variables = model.trainable_variables
     used = {key: form for key, form in by_variable.items() if key not in plan.unmeasured}
-    mean, m2, up, down = layerwise.combined(variables, used, n, None, sign_counts)
+    mean, m2, up, down = layerwise.combined(variables, used, n, None, meter.sign_counts)
     whole = [tf.cast(scales.get(id(v), 1.0), tf.float32) for v in variables]
     per_sums = tf.unstack(tf.cast(n, tf.float32) / tf.stack(whole))  # times the mean: the sum
-    gradients, missed, status = list(ordinary), [], [conservation.UNUSED] * len(variables)
-    pending = []
+    plan.missed, places = [], []
     for j, variable in enumerate(variables):
-        key, dtype = id(variable), mean[j].dtype
+        key = id(variable)
         if ordinary[j] is None:
-            plan.served.setdefault(key, False)
+            plan.agreed.add(key)
         elif key in plan.unmeasured or key not in used:
-            missed += [variable] if key not in plan.unmeasured else []
-            mean[j] = m2[j] = tf.fill(variable.shape, tf.constant(np.nan, dtype))
-        elif key not in plan.served:
-            pending.append(j)
-        elif not isinstance(ordinary[j], tf.IndexedSlices):
-            # A sparse gradient (an embedding's) stays: optimisers treat its rows apart.
-            own = tf.cast(mean[j] * tf.cast(per_sums[j], dtype), ordinary[j].dtype)
-            penalty = _penalty_gradient(model, variable) if plan.served[key] else None
-            gradients[j] = own if penalty is None else own + penalty
-    found = _compared(
-        model, [variables[j] for j in pending], pending, mean, m2, ordinary, per_sums, n
-    )
-    for j, state in zip(pending, found):
-        wrong = tf.equal(state, conservation.DIFFERS)
-        mean[j], m2[j] = (
-            tf.where(wrong, tf.constant(np.nan, v.dtype), v) for v in (mean[j], m2[j])
-        )
-        status[j] = state
-    count = tf.cast(n, tf.int64)
-    moments = Moments(count, tf.zeros([], tf.float64), mean, m2, up, down)
-    return _Sums(gradients, moments, status, missed)
+            plan.missed += [variable] if key not in plan.unmeasured else []
+            mean[j] = m2[j] = tf.fill(variable.shape, tf.constant(np.nan, mean[j].dtype))
+        else:
+            places.append(j)
+    unused = [conservation.UNUSED] * len(variables)
+
+    def compared():
+        found = dict(zip(places, _compared(model, places, mean, m2, ordinary, per_sums, n)))
+        return tf.stack([found.get(j, unused[j]) for j in range(len(variables))])
+
+    if not plan.settled:
+        status = compared()
+        for j in places:
+            wrong = tf.equal(status[j], conservation.DIFFERS)
+            nan = tf.constant(np.nan, mean[j].dtype)
+            mean[j], m2[j] = tf.where(wrong, nan, mean[j]), tf.where(wrong, nan, m2[j])
+    else:
+        due = tf.equal(meter.steps.value % CHECK_EVERY, 0)
+        status = tf.cond(due, compared, lambda: tf.zeros([len(variables)], tf.int32))
+    meter.status.assign(tf.maximum(meter.status.value, status))
+    return Moments(tf.cast(n, tf.int64), tf.zeros([], tf.float64), mean, m2, up, down)
 
 
-def _compared(model, variables, places, mean, m2, ordinary, per_sums, n) -> list:
-    """The status of these variables, with their regulariser taken out of the ordinary gradient."""
-    if not variables:
+def _compared(model, places, mean, m2, ordinary, per_sums, n) -> list:
+    """The status of the variables at these places, their regularisers' gradients taken out."""
+    if not places:
         return []
+    variables = [model.trainable_variables[j] for j in places]
     ours, theirs, penalised, variances = [], [], [], []
     for j, variable in zip(places, variables):
         dtype = mean[j].dtype
@@ -181,15 +181,13 @@ def _compared(model, variables, places, mean, m2, ordinary, per_sums, n) -> list
             gradient if penalty is None else gradient - tf.cast(penalty, dtype) / per_sum
         )
         variances.append(tf.reduce_max(m2[j]))
-    count = tf.cast(n, tf.float64)
-    variances = tf.unstack(conservation.stacked(variances) / count)
+    variances = tf.unstack(conservation.stacked(variances) / tf.cast(n, tf.float64))
     precision = conservation.precision_of(model)
     status = conservation.compared(variables, precision, ours, theirs, variances)
     if any(v.regularizer is not None for v in variables):
+        # A compute_loss of the user's may leave the penalties out: either will do.
         without = conservation.compared(variables, precision, ours, penalised, variances)
-        agrees = tf.constant([v.regularizer is not None for v in variables])
-        agrees &= tf.equal(without, conservation.AGREES)
-        status = tf.where(agrees, conservation.PENALISED, status)
+        status = tf.where(tf.equal(without, conservation.AGREES), without, status)
     return tf.unstack(status)
 
 
