@@ -202,7 +202,7 @@ class _Training:
                 ", ".join(gap.SUPPORTED),
             )
             options["shown"] = [name for name in options["shown"] if name != "gap_growth"]
-        with tf.init_scope():
+        with tf.init_scope(), model.distribute_strategy.scope():
             self.meter = GSNRMeter(variables, options.pop("shown"), examples=self.told, **options)
         object.__setattr__(model, "_meter", self.meter)
         self.steps = 0
