@@ -1,0 +1,173 @@
+"""What is promised: Keras's own training; a name for what is not measured; nothing left behind."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import tf_gsnr
+
+L = keras.layers
+RNG = np.random.default_rng(0)
+X = RNG.normal(size=[48, 6]).astype("float32")
+Y = RNG.normal(size=[48, 1]).astype("float32")
+
+
+class NowAndThen(keras.Model):
+    """Uses a kernel outside its layer where a feature is not zero."""
+
+    def __init__(self):
+        super().__init__()
+        self.hidden, self.out = L.Dense(6), L.Dense(1)
+
+    def call(self, x):
+        hidden = self.hidden(x)
+        outside = x[:, 5:] * (x @ keras.ops.transpose(self.hidden.kernel))
+        return self.out(hidden + outside)
+
+
+def trained(make, wrap, loss="mse", x=X, y=Y, **kwargs):
+    keras.utils.set_random_seed(0)
+    model = make()
+    model(x[:1])
+    model = tf_gsnr.GSNRModel(model) if wrap else model
+    model.compile(keras.optimizers.SGD(0.02), loss)
+    model.fit(x, y, **dict(batch_size=8, epochs=6, shuffle=False, verbose=0) | kwargs)
+    return model
+
+
+def test_a_variable_that_is_used_outside_its_layer_on_later_batches_only(caplog):
+    """Training does not depend on what was found on the first batch, and it is found out."""
+    x = X.copy()
+    x[:32, 5] = 0
+    with caplog.at_level("WARNING"):
+        plain, ours = (trained(NowAndThen, wrap, x=x) for wrap in (False, True))
+    for a, b in zip(plain.get_weights(), ours.get_weights()):
+        np.testing.assert_allclose(a, b, atol=1e-6)
+    said = [r.getMessage() for r in caplog.records if "not measured" in r.getMessage()]
+    assert len(said) == 1 and "kernel" in said[0] and "outside" in said[0]
+
+
+def dense():
+    return keras.Sequential([keras.Input([6]), L.Dense(4, "tanh", name="hidden"), L.Dense(2)])
+
+
+def ranked(y_true, y_pred):
+    """Each pair of examples in the order of their targets."""
+    wanted = tf.sign(y_true - tf.transpose(y_true))
+    given = y_pred[:, :1] - tf.transpose(y_pred[:, :1])
+    return tf.reduce_mean(tf.nn.softplus(-wanted * given), axis=-1)
+
+
+class Spread(L.Layer):
+    def call(self, x):
+        return x - keras.ops.mean(x, axis=0, keepdims=True)
+
+
+def centred():
+    return keras.Sequential([keras.Input([6]), L.Dense(4), Spread(name="spread"), L.Dense(2)])
+
+
+@pytest.mark.parametrize(
+    "make, loss, name", [(dense, ranked, "ranked"), (centred, "mse", "spread")]
+)
+def test_examples_that_act_on_each_other(make, loss, name, caplog):
+    """`fit` trains and says so, once; moments are refused, unless contributions are asked for."""
+    with caplog.at_level("WARNING"):
+        plain, ours = (trained(make, wrap, loss, epochs=2) for wrap in (False, True))
+    for a, b in zip(plain.get_weights(), ours.get_weights()):
+        np.testing.assert_allclose(a, b, atol=1e-6)
+    said = [r.getMessage() for r in caplog.records if "act on each other" in r.getMessage()]
+    assert len(said) == 1 and name in said[0]
+    with pytest.raises(ValueError, match=f"'{name}'.*act on each other.*contributions=True"):
+        tf_gsnr.gradient_moments(plain, X, Y)
+    found = tf_gsnr.gradient_moments(plain, X, Y, contributions=True)
+    with tf.GradientTape() as tape:
+        value = plain.compute_loss(X, Y, plain(X))
+    for mean, truth in zip(found.mean, tape.gradient(value, plain.trainable_variables)):
+        np.testing.assert_allclose(mean, truth, atol=1e-5)
+    with pytest.raises(ValueError, match="act on each other"):
+        plain.fit(X, Y, verbose=0, callbacks=[tf_gsnr.GSNRCallback(X, Y)])
+
+
+def test_a_callback_that_is_refused_has_not_trained():
+    model = centred()
+    model.compile("sgd", "mse")
+    before = model.get_weights()
+    with pytest.raises(ValueError, match="spread"):
+        model.fit(X, Y, verbose=0, callbacks=[tf_gsnr.GSNRCallback(X, Y)])
+    for a, b in zip(before, model.get_weights()):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_a_metric_with_one_of_our_names_is_refused():
+    model = tf_gsnr.GSNRModel(dense())
+    model.compile("sgd", "mse", metrics=[keras.metrics.MeanAbsoluteError(name="gsnr")])
+    with pytest.raises(ValueError, match="'gsnr'.*rename"):
+        model.fit(X, Y[:, [0, 0]], verbose=0)
+
+
+def test_a_fit_of_the_users_own():
+    class Own(keras.Sequential):
+        def fit(me, *data, **kwargs):
+            return super().fit(*data, **kwargs)
+
+    model = tf_gsnr.GSNRModel(Own([keras.Input([6]), L.Dense(1)]))
+    model.compile("adam", "mse")
+    assert "gsnr" in model.fit(X, Y, epochs=1, verbose=0).history
+
+
+def test_a_train_step_of_the_object_is_refused():
+    model = dense()
+    model.train_step = lambda data: {}
+    with pytest.raises(ValueError, match="train_step of its own"):
+        tf_gsnr.GSNRModel(model)
+
+
+def test_what_a_loss_keeps_is_left_as_it_was():
+    class Counting(keras.losses.Loss):
+        def __init__(self):
+            super().__init__()
+            self.calls = tf.Variable(1.0, trainable=False)
+
+        def call(self, y_true, y_pred):
+            self.calls.assign_add(1.0)
+            return tf.reduce_mean(tf.square(y_true - y_pred), -1)
+
+    plain, ours = (trained(dense, wrap, Counting(), epochs=1) for wrap in (False, True))
+    assert float(plain.loss.calls) == float(ours.loss.calls)
+    before = float(plain.loss.calls)
+    tf_gsnr.gradient_moments(plain, X, Y)
+    assert float(plain.loss.calls) == before
+
+
+@pytest.mark.parametrize("policy", ["float64", "mixed_bfloat16"])
+@pytest.mark.parametrize("optimizer", ["adam", "rmsprop", "adagrad"])
+def test_other_precisions(policy, optimizer):
+    keras.config.set_dtype_policy(policy)
+    try:
+        model = tf_gsnr.GSNRModel(dense())
+    finally:
+        keras.config.set_dtype_policy("float32")
+    model.compile(optimizer, "mse")
+    assert np.isfinite(model.fit(X, Y, verbose=0).history["gap_growth"]).all()
+    assert tf_gsnr.gradient_moments(model, X, Y).count == 48
+
+
+def test_gradients_whose_squares_underflow():
+    """1e-19 and less, as in a deep network before training: the ratio is what it is."""
+    keras.utils.set_random_seed(0)
+    small = keras.Sequential([keras.Input([6]), L.Dense(4, "tanh"), L.Dense(1, use_bias=False)])
+    ratios = []
+    for scale in (1.0, 1e-12):
+        kernel = small.layers[1].kernel
+        kernel.assign(np.linspace(0.5, 1, 4)[:, None] * scale)
+        loss = lambda y, p: tf.reduce_mean(p * 1e-9 * (1 + y), -1)  # noqa: E731
+        found = tf_gsnr.gradient_moments(small, X, Y, loss)
+        ratios.append(tf_gsnr.gsnr(found, bias_corrected=False)[0])
+    np.testing.assert_allclose(*ratios, rtol=1e-3)
+
+
+def test_the_reference_engine_is_not_for_training():
+    with pytest.raises(ValueError, match="never trains"):
+        tf_gsnr.GSNRModel(dense(), engine="vectorized")
