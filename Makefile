@@ -16,7 +16,7 @@ quickstart: $(VENV)/installed
 	$(RUN) -m tf_gsnr.main --flagfile=flags/quickstart.flags
 
 test: $(VENV)/installed
-	$(RUN) -m pytest -n auto --maxprocesses 4 --dist loadfile
+	$(RUN) -m pytest -n auto --maxprocesses 4 --dist worksteal
 
 lint: $(VENV)/installed-dev
 	$(VENV)/bin/ruff check .

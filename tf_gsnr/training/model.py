@@ -5,6 +5,7 @@ The step itself is in `step.py`, what is shown in `meter.py`.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import weakref
@@ -288,7 +289,8 @@ class _Training:
         if getattr(model, "inputs", None) and not _is_distributed(data):
             plain = tf.nest.map_structure(_none_if_optional, data)
             if all(v is None or isinstance(v, tf.Tensor) for v in tf.nest.flatten(plain)):
-                model._symbolic_build(data_batch=plain)
+                with contextlib.suppress(Exception):  # what is wrong is Keras's step to say
+                    model._symbolic_build(data_batch=plain)
 
     def plan_is_settled(self):
         return self.plan is not None and self.plan.settled
@@ -317,6 +319,8 @@ class _Epochs(keras.callbacks.Callback):
             self.training.meter.reset_state()
 
     def on_epoch_end(self, epoch, logs=None):
+        if self.training.meter is None:  # there was no step
+            return
         self.training.learn({})
         for reason in self.training.meter.reasons():
             logging.warning("epoch %d: %s", epoch + 1, reason)

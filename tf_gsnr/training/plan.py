@@ -53,7 +53,7 @@ def plan_for(model) -> Plan:
     return Plan(layerwise.whole_layers(model))
 
 
-def first_checks(plan, model, tape, found, loss, predictions, n) -> dict:
+def first_checks(plan, model, tape, found, loss, predictions, n, of_loss) -> dict:
     """Whether examples act on each other, and where the rows of each call are.
 
     Args:
@@ -61,8 +61,10 @@ def first_checks(plan, model, tape, found, loss, predictions, n) -> dict:
       found: the `capture.Pass` of it.
       loss, predictions: what came of it.
       n: the number of examples; nothing is said where it is not known when traced.
+      of_loss: the operations of the loss, of which a second gradient is taken.
     """
-    if not isinstance(n, int) or _calls_python():
+    # TensorFlow gives the gradient of a Python function once only.
+    if not isinstance(n, int) or any("PyFunc" in op.type for op in operations()):
         return {}
     norms = contract.batch_norm_layers(model)
     layers, outputs = ((), ()) if norms else _looked_at(found.outputs)
@@ -81,19 +83,22 @@ def first_checks(plan, model, tape, found, loss, predictions, n) -> dict:
     looked_at = [*outputs, *firsts]
     try:
         seen = independence.rows_seen(tape, predictions, looked_at, n) if looked_at else []
-        coupling = independence.loss_coupling(tape, loss, predictions, n)
+        coupling = None
+        if not any(op.type in _NOT_TWICE for op in of_loss):
+            coupling = independence.loss_coupling(tape, loss, predictions, n)
     except Exception:  # an op without a second gradient: nothing is seen, and training goes on
         return {}
     pairs = [(-1.0, 0.0) if s is None else (s.own, s.foreign) for s in [*seen, coupling]]
     return {"rows": tf.stack([tf.stack(p) for p in pairs])}
 
 
-def _calls_python() -> bool:
-    """Whether the step calls Python functions, whose gradients TensorFlow gives only once."""
-    if tf.executing_eagerly():
-        return False
-    graph = tf.compat.v1.get_default_graph()
-    return any("PyFunc" in op.type for op in graph.get_operations())
+# What may hold operations whose second gradient fails only when it is run.
+_NOT_TWICE = ("While", "StatelessWhile", "PartitionedCall", "StatefulPartitionedCall")
+
+
+def operations() -> list:
+    """Of the graph that is being traced; none outside of one."""
+    return [] if tf.executing_eagerly() else tf.compat.v1.get_default_graph().get_operations()
 
 
 MOST = 24  # outputs looked at: what a layer mixes shows at every output before it

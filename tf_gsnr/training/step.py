@@ -20,7 +20,7 @@ import tensorflow as tf
 
 from tf_gsnr.gradients import capture, conservation, distributed, layerwise, rules
 from tf_gsnr.moments import Moments
-from tf_gsnr.training.plan import CHECKS, Plan, first_checks
+from tf_gsnr.training.plan import CHECKS, Plan, first_checks, operations
 
 CHECK_EVERY = 16  # steps, from one comparison with the ordinary gradient to the next
 
@@ -46,10 +46,12 @@ def measured(model, plan: Plan, meter, data, *, every: int = 1, due=True) -> dic
             predictions = _called(model, x)
             given = x, y, predictions, sample_weight
             given = as_traced(given, plan.hides_batch_size)
+            before = operations()
             loss = model._compute_loss(*given, training=True)
         if model._loss_tracker is not None:
             model._loss_tracker.update_state(loss * replicas(), sample_weight=n)
         scaled = model.optimizer.scale_loss(loss)
+    end = len(operations())
     watched = found.watched()
     gradients = tape.gradient(scaled, [*watched, *(v.value for v in variables)])
     ordinary = gradients[len(watched) :]
@@ -59,7 +61,10 @@ def measured(model, plan: Plan, meter, data, *, every: int = 1, due=True) -> dic
     scales = layerwise.unit_scales(found.calls, factor)
     by_variable = layerwise.forms_of(found.calls, plan.folds, scales, plan.reasons)
     moments = _moments(model, plan, meter, by_variable, scales, ordinary, n)
-    checks = first_checks(plan, model, tape, found, scaled, predictions, n) if first else {}
+    checks = {}
+    if first:
+        of_loss = operations()[len(before) : end]
+        checks = first_checks(plan, model, tape, found, scaled, predictions, n, of_loss)
     del tape
 
     model.optimizer.apply_gradients(zip(ordinary, variables))
