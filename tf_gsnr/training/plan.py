@@ -1,4 +1,4 @@
-"""What is known of a model from the training steps that were made: what may be served, and how.
+"""What is known of a model from the training steps that were made: what is measured, and why not.
 
 A step's trace notes, a step's logs bring back what it saw, and `learn` draws the conclusions, in
 Python, between two steps. Index letters: n example.
