@@ -85,6 +85,24 @@ def quantile(values, q):
     return scalar(xp.where(count > 0, result, like(values, np.nan)))
 
 
+def weighted_median(values, weights):
+    """The median of tensors, each of which stands for so many; what has no weight is left out.
+
+    Each is in the middle of its share of the sum of the weights, with straight lines between: for
+    equal weights it is the usual median. NaN if nothing has weight.
+    """
+    order = tf.argsort(tf.where(weights > 0, values, like(values, np.inf)))
+    values, weights = tf.gather(values, order), tf.gather(weights, order)
+    ends = tf.cumsum(weights)
+    middles, half = ends - weights / 2, ends[-1] / 2
+    last = tf.math.count_nonzero(weights, dtype=tf.int32) - 1
+    above = tf.searchsorted(middles[: tf.maximum(last + 1, 1)], half[tf.newaxis])[0]
+    pair = [tf.clip_by_value(above - k, 0, tf.maximum(last, 0)) for k in (1, 0)]
+    (low, high), (a, b) = (tf.unstack(tf.gather(v, pair)) for v in (values, middles))
+    result = low + tf.math.divide_no_nan(half - a, b - a) * (high - low)
+    return tf.where(last < 0, like(values, np.nan), result)
+
+
 def index(number):
     return tf.cast(number, tf.int32) if is_tensor(number) else int(number)
 

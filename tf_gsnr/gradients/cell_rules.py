@@ -171,7 +171,7 @@ def _kernel_form(call, inputs, dz, kernel, kind):
     for x, d in zip(inputs, tf.split(dz, len(inputs), -1)):
         pads = convolution.paddings(padding, x.shape[2:-1], spatial, strides, dilation_rate)
         x = tf.reshape(x, [call.n, call.fold * x.shape[1], *x.shape[2:]])
-        made.append(convolution.form(x, d, part, strides, dilation_rate, pads))
+        made.append(convolution.Kernel(x, d, part, strides, dilation_rate, pads))
     return _side_by_side(made, kernel)
 
 

@@ -43,7 +43,16 @@ def compared(variables, precision, ours, theirs, variances):
         stacked([tf.reduce_max(tf.abs(v)) for v in values])
         for values in ([a - b for a, b in zip(ours, theirs)], theirs, ours)
     )
-    spreads = tf.sqrt(stacked(variances) + own**2)
+    return judged(variables, precision, error, size, own, stacked(variances))
+
+
+def judged(variables, precision, error, size, own, variances):
+    """The same from the largest difference, and from the largest of theirs and of ours.
+
+    Args:
+      error, size, own, variances: float64 `[variables]`.
+    """
+    spreads = tf.sqrt(variances + own**2)
     layers = {}
     index = [layers.setdefault(v.path.rpartition("/")[0], len(layers)) for v in variables]
     noise = tf.gather(tf.math.unsorted_segment_max(spreads, index, len(layers)), index)

@@ -12,6 +12,7 @@ import itertools
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import tensorflow as tf
 
 from tf_gsnr.gradients import dense_forms, forms
@@ -183,21 +184,74 @@ def depthwise_kernel_gradients(x, dz, kernel, strides, dilations, pads):
     return tf.reshape(tf.stack(gradient, axis=1), [-1, *kernel])
 
 
-def form(x, dz, kernel, strides, dilations, pads) -> forms.Form:
-    """The form of a convolution's kernel gradient; arguments as `kernel_gradients`.
+class Kernel(forms.Form):
+    """The gradients of a convolution's kernel; arguments as `kernel_gradients`.
 
     A large kernel is taken apart by its positions: for each one the gradient is what a dense layer
     leaves behind, so that only a part of `[n, *kernel]` is there at a time.
 
     Args:
       kernel: the kernel variable.
+      depthwise: whether dz is that of `depthwise_kernel_gradients`.
     """
-    shape = tuple(kernel.shape)
-    *spatial, channels, filters = shape
-    entries = (x.shape[0] or dense_forms.UNKNOWN_BATCH) * math.prod(shape)
-    dtype = tf.as_dtype(kernel.dtype)
-    if x.shape[-1] == channels > NARROW and entries * dtype.size > dense_forms.BLOCK_BYTES:
-        patches = views(x, spatial, strides, dilations, pads, dz.shape[2:-1])
-        columns = [functools.partial(_positions, patch, channels) for patch in patches]
-        return forms.Outer(columns, _positions(dz, filters), shape, dtype)
-    return forms.rows(lambda: kernel_gradients(x, dz, shape, strides, dilations, pads), kernel)
+
+    def __init__(self, x, dz, kernel, strides, dilations, pads, depthwise=False):
+        self.shape, self.dtype = tuple(kernel.shape), tf.as_dtype(kernel.dtype)
+        self.x, self.dz, self.depthwise = x, dz, depthwise
+        self.strides, self.dilations, self.pads = strides, dilations, pads
+
+    def blocks(self):
+        *spatial, channels, filters = self.shape
+        entries = (self.x.shape[0] or dense_forms.UNKNOWN_BATCH) * math.prod(self.shape)
+        large = entries * self.dtype.size > dense_forms.BLOCK_BYTES
+        if large and not self.depthwise and self.x.shape[-1] == channels > NARROW:
+            where = self.strides, self.dilations, self.pads, self.dz.shape[2:-1]
+            patches = views(self.x, spatial, *where)
+            columns = [functools.partial(_positions, patch, channels) for patch in patches]
+            dz = _positions(self.dz, filters)
+            return forms.Outer(columns, dz, self.shape, self.dtype).blocks()
+        gradients = depthwise_kernel_gradients if self.depthwise else kernel_gradients
+
+        def whole():
+            where = self.strides, self.dilations, self.pads
+            g = gradients(self.x, self.dz, self.shape, *where)
+            return tf.reshape(tf.cast(g, self.dtype), [-1, math.prod(self.shape)])
+
+        return [whole]
+
+    def sample(self, places):
+        """`[n, k]`; each tile is at one position of the kernel, where it sees a part of the input."""
+        *spatial, channels, filters = self.shape
+        product = None if places.whole else places.product(filters)
+        if product is None or not (self.depthwise or self.x.shape[-1] == channels):
+            return super().sample(places)
+        position, rows = np.divmod(product[0], channels)
+        if (position != position[:, :1]).any():
+            return super().sample(places)
+        x = tf.cast(self.x, self.dtype)
+        if any(map(any, self.pads)):
+            x = tf.pad(x, [(0, 0), (0, 0), *self.pads, (0, 0)])
+        x = dense_forms.tiles_of(x, rows)
+        position = position[:, 0]
+        seen, outputs = [], self.dz.shape[2 : 2 + len(spatial)]
+        for k in sorted(set(position)):
+            (of_k,) = np.nonzero(position == k)  # one run: places are in order
+            window = (
+                slice(i * d, i * d + (t - 1) * s + 1, s)
+                for i, d, t, s in zip(
+                    np.unravel_index(k, spatial), self.dilations, outputs, self.strides
+                )
+            )
+            seen.append(x[(slice(None), slice(None), *window, slice(of_k[0], of_k[-1] + 1))])
+        x = dense_forms.concatenated(seen, -2)
+        dz = tf.cast(self.dz, self.dtype)
+        m, a, b = places.tiles.shape
+        count = math.prod(self.dz.shape[1 : 2 + len(spatial)])
+        x = tf.reshape(x, [-1, count, m, a])
+        if self.depthwise:
+            dz = tf.reshape(dz, [-1, count, channels * filters])
+            own = places.tiles.reshape(m, a * b) % (channels * filters)
+            dz = tf.reshape(dense_forms.tiles_of(dz, own), [-1, count, m, a, b])
+            return tf.reshape(tf.reduce_sum(x[..., tf.newaxis] * dz, 1), [-1, m * a * b])
+        dz = tf.reshape(dense_forms.tiles_of(dz, product[1]), [-1, count, m, b])
+        return dense_forms.products_of_tiles(x, dz)

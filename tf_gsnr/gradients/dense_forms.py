@@ -10,7 +10,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import tensorflow as tf
+
+from tf_gsnr.gradients.places import Places
 
 BLOCK_BYTES = 32 * 2**20  # of the [n, parameters] that one step of a form materialises
 UNKNOWN_BATCH = 1024  # stands for n where it is not known when traced
@@ -64,6 +67,24 @@ class Form:
     def square_norms(self):
         """`[n]`: the sum of squares over the parameters."""
         return tf.add_n([tf.reduce_sum(tf.square(block()), 1) for block in self.blocks()])
+
+    def cheap_squares(self):
+        """`sum_n |G[n]|^2`, float64, where that takes no gradient of each example; else None."""
+        return None
+
+    def sample(self, places: Places):
+        """`[n, k]`: G[n] at some places only."""
+        parts, start = [], 0
+        for block in self.blocks():
+            g = block()
+            if places.whole or len(self.blocks()) == 1:
+                parts.append(g if places.whole else tf.gather(g, places.flat, axis=1))
+                continue
+            inside = places.flat - start
+            start += g.shape[1]
+            inside = inside[(inside >= 0) & (inside < g.shape[1])]
+            parts.append(tf.gather(g, inside, axis=1))
+        return concatenated(parts, 1)
 
     def _assemble(self, fn):
         """`fn` of each block, one after the other, put together in the shape of the variable."""
@@ -180,6 +201,42 @@ class Outer(Form):
             return super().square_norms()
         x = concatenated([self.column(f) for f in self.columns], -1)
         return tf.reduce_sum(tf.square(x), -1) * tf.reduce_sum(tf.square(self.dz), -1)
+
+    def cheap_squares(self):
+        if not self.factored:
+            return None
+        x = concatenated([self.column(f) for f in self.columns], -1)
+        sizes = [tf.reduce_sum(tf.square(tf.cast(v, tf.float64)), -1) for v in (x, self.dz)]
+        return tf.reduce_sum(sizes[0] * sizes[1])
+
+    def sample(self, places):
+        product = None if places.whole else places.product(self.dz.shape[-1])
+        if product is None or len(self.columns) > 1:
+            return super().sample(places)
+        x = self.column(self.columns[0])
+        return products_of_tiles(tiles_of(x, product[0]), tiles_of(self.dz, product[1]))
+
+
+def tiles_of(v, index):
+    """`v [..., c]` at the columns `index [m, a]`: `[..., m, a]`."""
+    m, a = index.shape
+    lead, last = tf.shape(v)[:-1], v.shape[-1]
+    first = index[:, 0]
+    if a > 1 and last % a == 0 and (index == first[:, np.newaxis] + np.arange(a)).all():
+        if not (first % a).any():  # a whole tile is copied at a time
+            v = tf.reshape(v, tf.concat([lead, [last // a, a]], 0))
+            return tf.gather(v, first // a, axis=-2)
+    v = tf.gather(v, index.reshape(-1), axis=-1)
+    return tf.reshape(v, tf.concat([lead, [m, a]], 0))
+
+
+def products_of_tiles(x, dz):
+    """`sum_t x[n,t,m,a] dz[n,t,m,b]` as `[n, m a b]`; t may be missing."""
+    k = x.shape[-2] * x.shape[-1] * dz.shape[-1]
+    if x.shape.rank == 3:
+        return tf.reshape(x[..., tf.newaxis] * dz[:, :, tf.newaxis], [-1, k])
+    x, dz = (tf.transpose(v, [0, 2, 1, 3]) for v in (x, dz))
+    return tf.reshape(tf.matmul(x, dz, transpose_a=True), [-1, k])
 
 
 def _nonzero(v):

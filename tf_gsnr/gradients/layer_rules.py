@@ -170,7 +170,7 @@ def _convolution(call, x, dz):
         return None
     kernel = layer.kernel
     pads = _pads(layer, x.shape[2:-1], kernel.shape[:-2])
-    form = convolution.form(x, dz, kernel, layer.strides, layer.dilation_rate, pads)
+    form = convolution.Kernel(x, dz, kernel, layer.strides, layer.dilation_rate, pads)
     return [(kernel, form), *_channel_bias(call)]
 
 
@@ -218,10 +218,8 @@ def separable(call):
 
 def _depthwise(layer, x, dz, kernel):
     pads = _pads(layer, x.shape[2:-1], kernel.shape[:-2])
-    gradient = convolution.depthwise_kernel_gradients(
-        x, dz, tuple(kernel.shape), layer.strides, layer.dilation_rate, pads
-    )
-    return forms.rows(gradient, kernel)
+    where = layer.strides, layer.dilation_rate, pads
+    return convolution.Kernel(x, dz, kernel, *where, depthwise=True)
 
 
 def _channels_last(call, v):

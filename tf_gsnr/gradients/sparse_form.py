@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import tensorflow as tf
 
-from tf_gsnr.gradients.dense_forms import Form, product
+from tf_gsnr.gradients.dense_forms import Form, product, products_of_tiles, tiles_of
 
 
 class Sparse(Form):
@@ -81,3 +81,14 @@ class Sparse(Form):
         example, _, rows = self._rows()
         squares = tf.reduce_sum(tf.square(rows), 1)  # zero where the slot is left over
         return tf.math.unsorted_segment_sum(squares, example, tf.shape(self.ids)[0])
+
+    def cheap_squares(self):
+        _, _, rows = self._rows()
+        return tf.reduce_sum(tf.square(tf.cast(rows, tf.float64)))
+
+    def sample(self, places):
+        if places.whole:
+            return super().sample(places)
+        rows, columns = places.product(self.shape[-1])
+        looked_up = tf.equal(self.ids[:, :, tf.newaxis, tf.newaxis], rows)
+        return products_of_tiles(tf.cast(looked_up, self.dtype), tiles_of(self.dz, columns))

@@ -36,7 +36,7 @@ def supported(optimizer) -> bool:
     return type(_inner(optimizer)).__name__ in SUPPORTED
 
 
-def preconditioner(optimizer, gradients) -> list:
+def preconditioner(optimizer, gradients, sample):
     """P_j per parameter, the derivative of the last step by the gradient; read after the step.
 
         SGD       lambda, with momentum mu: lambda (1 - mu^k) / (1 - mu)
@@ -50,42 +50,39 @@ def preconditioner(optimizer, gradients) -> list:
 
     Args:
       optimizer: a Keras optimiser, built; one that is `supported`.
-      gradients: the mean gradients that it was given, for the clipping.
+      gradients: the mean gradients that it was given, one per variable; None where it
+        `needs_gradients` not.
+      sample: a `training.sample.Sample` of the parameters.
 
     Returns:
-      Per variable a scalar or a tensor of the variable's shape.
+      `(of_variables, of_parameters)`, float64: P_j is the product of that of its variable, `[v]` or
+      one for all, and its own `[k]`, which is None where it is 1.
     """
     optimizer = _inner(optimizer)
-    rate = tf.cast(tf.convert_to_tensor(optimizer.learning_rate), tf.float32)
-    k = tf.cast(tf.maximum(tf.convert_to_tensor(optimizer.iterations), 1), tf.float32)
+    rate = tf.cast(tf.convert_to_tensor(optimizer.learning_rate), tf.float64)
+    k = tf.cast(tf.maximum(tf.convert_to_tensor(optimizer.iterations), 1), tf.float64)
     name = type(optimizer).__name__
+
+    def slot(variables):
+        return sample.take([getattr(v, "value", v) for v in variables])
+
+    own = None
     if name == "SGD":
         mu = optimizer.momentum
-        factors = [rate * (1 - mu**k) / (1 - mu) if mu < 1 else rate * k] * len(gradients)
+        rate *= (1 - mu**k) / (1 - mu) if mu < 1 else k
     elif name in ("Adam", "AdamW"):
-        first = [_float32(m) / (1 - optimizer.beta_1**k) for m in optimizer._momentums]
-        second = optimizer._velocity_hats if optimizer.amsgrad else optimizer._velocities
-        second = [_float32(v) / (1 - optimizer.beta_2**k) for v in second]
-        factors = [
-            rate * _rest(tf.square(m), v) / (tf.sqrt(v) + optimizer.epsilon)
-            for m, v in zip(first, second)
-        ]
+        m = slot(optimizer._momentums) / (1 - optimizer.beta_1**k)
+        v = slot(optimizer._velocity_hats if optimizer.amsgrad else optimizer._velocities)
+        v /= 1 - optimizer.beta_2**k
+        own = _rest(tf.square(m), v) / (tf.sqrt(v) + optimizer.epsilon)
     elif name in ("RMSprop", "Adagrad"):
         share = 1 - optimizer.rho if name == "RMSprop" else 1.0
-        second = optimizer._velocities if name == "RMSprop" else optimizer._accumulators
-        factors = [
-            rate * _rest(share * tf.square(_float32(g)), v) / tf.sqrt(v + optimizer.epsilon)
-            for g, v in zip(gradients, map(_float32, second))
-        ]
+        v = slot(optimizer._velocities if name == "RMSprop" else optimizer._accumulators)
+        own = _rest(share * tf.square(slot(gradients)), v) / tf.sqrt(v + optimizer.epsilon)
     else:
         raise ValueError(f"optimizer {name}: expected one of {', '.join(SUPPORTED)}")
     steps = optimizer.gradient_accumulation_steps or 1  # an update is the mean of so many batches
-    clips = _clipping(optimizer, gradients)
-    return [tf.cast(c / steps, f.dtype) * f for c, f in zip(clips, factors)]
-
-
-def _float32(value):
-    return tf.cast(tf.convert_to_tensor(getattr(value, "value", value)), tf.float32)
+    return rate / steps * _clipping(optimizer, gradients), own
 
 
 def _rest(part, whole):
@@ -94,33 +91,41 @@ def _rest(part, whole):
     return tf.where(whole > 0, tf.clip_by_value(1 - share, 0.0, 1.0), 0.0)
 
 
-def expected(variances, factors, scales=None):
+def expected(variances, totals, factors, sample):
     """`sum_j P_j rho2_j`: N times the expected growth of the gap in a step. Float64 scalar.
 
     Variables whose variance is NaN, as they were not measured, are left out; NaN if all are.
 
     Args:
-      scales: per variable, by what its gradients were multiplied: the variances are by the square.
+      variances: float64 `[k]`, of the sampled parameters.
+      totals: float64 `[v]`, their sums over each variable.
+      factors: of `preconditioner`.
+      sample: of the parameters.
     """
-    terms = [tf.reduce_sum(tf.cast(f, v.dtype) * v) for f, v in zip(factors, variances)]
-    terms = tf.stack([tf.cast(term, tf.float64) for term in terms])
-    if scales is not None:
-        terms /= tf.square(tf.cast(scales, tf.float64))
+    of_variables, own = factors
+    terms = totals if own is None else sample.sums(sample.weights * own * variances)
+    terms *= of_variables
     known = tf.math.is_finite(terms)
     nothing = tf.constant(float("nan"), tf.float64)
     return tf.where(tf.reduce_any(known), tf.reduce_sum(tf.where(known, terms, 0)), nothing)
 
 
+def needs_gradients(optimizer) -> bool:
+    """Whether `preconditioner` looks at the gradients."""
+    optimizer = _inner(optimizer)
+    clips = optimizer.clipnorm or optimizer.global_clipnorm
+    return bool(clips) or type(optimizer).__name__ in ("RMSprop", "Adagrad")
+
+
 def _clipping(optimizer, gradients):
-    one = tf.ones([])
-    if optimizer.clipnorm:
-        norms = [tf.norm(tf.cast(g, tf.float32)) for g in gradients]
-        return [tf.minimum(one, optimizer.clipnorm / tf.maximum(n, 1e-30)) for n in norms]
-    if optimizer.global_clipnorm:
-        norm = tf.linalg.global_norm([tf.cast(g, tf.float32) for g in gradients])
-        factor = tf.minimum(one, optimizer.global_clipnorm / tf.maximum(norm, 1e-30))
-        return [factor] * len(gradients)
-    return [one] * len(gradients)
+    """`[v]`, or 1: by what each variable's gradient was multiplied."""
+    most = optimizer.clipnorm or optimizer.global_clipnorm
+    if not most:
+        return tf.ones([], tf.float64)
+    sizes = [0.0 if g is None else tf.nn.l2_loss(tf.convert_to_tensor(g)) for g in gradients]
+    squares = 2 * tf.stack([tf.cast(size, tf.float64) for size in sizes])
+    squares = squares if optimizer.clipnorm else tf.fill(tf.shape(squares), tf.reduce_sum(squares))
+    return tf.minimum(1, most / tf.maximum(tf.sqrt(squares), 1e-30))
 
 
 def _inner(optimizer):

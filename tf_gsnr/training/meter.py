@@ -3,8 +3,9 @@
 At each step the parameters are elsewhere, so moments of different steps are not merged: that would
 count the parameters' way as variance. What is added up is what each step knows without bias.
 
-Index letters: k measured step (1..K), B its number of examples, j parameter, N of training
-examples. g_j the mean gradient of a step, s2_j the unbiased variance, tr = sum_j s2_j.
+Index letters: k measured step (1..K), B its number of examples, j sampled parameter, v variable,
+N of training examples. g_j the mean gradient of a step, s2_j the unbiased variance, w_j the number
+of parameters for which one stands, tr = sum_j w_j s2_j.
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ import tensorflow as tf
 from tf_gsnr import arrays, metrics
 from tf_gsnr.moments import Moments
 from tf_gsnr.training import gap
+from tf_gsnr.training.sample import Sample
 
 SHOWN = ("gsnr", "gsnr_median", "same_sign", "noise_scale", "osgr", "gap_growth")
-MEDIAN_SAMPLE = 16384  # parameters: sorting all of a large model would cost too much
+MEDIAN_SAMPLE = 2**14  # parameters: sorting all of a large model would cost too much
 # Rows of `_sums`: S and V; then, of u_k = B |g|^2 - tr_k and tr_k, what `told_from_zero` asks for.
 SIGNAL, NOISE, TRACE, SQUARES, DIAGONAL, PRODUCTS, SIGNALS_SQUARED = range(7)
 
@@ -29,7 +31,7 @@ class GSNRMeter(keras.metrics.Metric):
     Each step counts by its number of examples: the signal of one is as uncertain as of another.
 
         S_j = sum_k B (g_j^2 - s2_j / B),   V_j = sum_k B s2_j      per parameter, r_j = S_j / V_j
-        S = sum_j S_j,   V = sum_j V_j
+        S = sum_j w_j S_j,   V = sum_j w_j V_j
 
         gsnr         mean over j of r_j, parameters without variance left out
         gsnr_median  their median (of at most 16,384 evenly spaced ones)
@@ -37,7 +39,7 @@ class GSNRMeter(keras.metrics.Metric):
                      mean over steps and over parameters where two examples have one
         noise_scale  V / S = tr(Sigma) / |G|^2, in examples
         osgr         S / (S + V / N) = |G|^2 / (|G|^2 + tr(Sigma) / N): (19) for N training examples
-        gap_growth   1/N sum_steps sum_j P_j s2_j, (14) accumulated; see `gap.py`
+        gap_growth   1/N sum_steps sum_j w_j P_j s2_j, (14) accumulated; see `gap.py`
 
     NaN where the signal cannot be told from zero (`metrics.told_from_zero`), and before the first
     measured step; `reasons` says why.
@@ -51,6 +53,7 @@ class GSNRMeter(keras.metrics.Metric):
       per_layer: also `gsnr/<layer path>`, the mean over each layer's parameters.
       examples: N, where it is known.
       paths: of the variables, if not their own.
+      sample: a `Sample` of their parameters; None for all.
     """
 
     def __init__(
@@ -63,12 +66,14 @@ class GSNRMeter(keras.metrics.Metric):
         per_layer,
         examples=None,
         paths=None,
+        sample=None,
         name="gsnr_meter",
     ):
         super().__init__(name=name)
         self.shown = tuple(shown)
         self._last_only = pool == "batch"
         self._bias_corrected = bias_corrected
+        self.sample = sample or Sample([v.shape for v in variables])
         paths = [v.path for v in variables] if paths is None else list(paths)
         layers = metrics.by_layer(paths) if per_layer else {}
         self._layers = list(layers)
@@ -96,123 +101,82 @@ class GSNRMeter(keras.metrics.Metric):
         self._alone = state("alone")  # steps of fewer than two examples
         self._sums = state("sums", [7, len(self._members)], "float64")
         self._agreement = state("agreement", [2], "float64")
-        self._units = state("units", [len(paths)], "float32")  # of the sums below; 0: empty
-        self._signal, self._noise = [], []
+        self._signal = self._noise = None
         if {"gsnr", "gsnr_median"} & set(shown) or layers:
-            for name, into in (("signal", self._signal), ("noise", self._noise)):
-                for i, v in enumerate(variables):
-                    dtype = "float64" if v.dtype == "float64" else "float32"
-                    into.append(state(f"{name}_{i}", v.shape, dtype))
+            self._signal = state("signal", [self.sample.size], "float64")
+            self._noise = state("noise", [self.sample.size], "float64")
 
     @property
     def sign_counts(self) -> bool:
         """Whether the moments are to come with sign counts."""
         return "same_sign" in self.shown
 
-    def update_state(self, moments: Moments, optimizer, every: int = 1, scales=None):
+    def update_state(self, moments, optimizer, every=1, totals=None, gradients=None):
         """Adds a step.
 
         Args:
-          moments: of the global batch. A variable of NaN was not measured. Of fewer than two
-            examples they add nothing.
+          moments: of the global batch: arrays whose entries are, in order, the sampled parameters.
+            What was not measured is NaN. Of fewer than two examples they add nothing.
           optimizer: after the step, for `gap_growth`.
           every: how many steps this one stands for in `gap_growth`.
-          scales: float `[variables]`, powers of two by which the gradients were multiplied, lest
-            their squares underflow; None for 1.
+          totals: float64 `[2, v]`, |g|^2 and the sum over the parameters of `m2`, where they are
+            known of whole variables; NaN where they are to be made up from the sample.
+          gradients: of the step, if `gap.preconditioner` needs them.
         """
         count = tf.cast(moments.count, tf.float64)
         usable = count > 1
         free = tf.where(usable, 1 / tf.maximum(count - 1, 1), 0)  # 1 / (B - 1); 0: adds nothing
         keep = tf.where(usable, 0.0, 1.0) if self._last_only else tf.constant(1.0)
         keep = tf.cast(keep, tf.float64)
+        mean, m2 = (
+            arrays.flat([tf.cast(v, tf.float64) for v in values])
+            for values in (moments.mean, moments.m2)
+        )
+        square = tf.square(mean)
+        # |g|^2, sum m2 and sum m2^2 of each variable: [v] each.
+        sums = tf.stack([square, m2, tf.square(m2)], 1) * self.sample.weights[:, np.newaxis]
+        squares, spreads, diagonal = tf.unstack(self.sample.sums(sums), axis=1)
+        if totals is not None:
+            known = tf.math.is_finite(totals) & tf.math.is_finite(squares)
+            squares, spreads = tf.unstack(tf.where(known, totals, tf.stack([squares, spreads])))
         if "gap_growth" in self.shown:
-            self._grow(moments, optimizer, every, scales, usable, free)
+            factors = gap.preconditioner(optimizer, gradients, self.sample)
+            growth = free * gap.expected(m2, spreads, factors, self.sample)
+            self._grow(tf.where(usable, growth, self._growth.value), every)  # else: as before
         # signal B g^2 - s2 = a g^2 - b m2; noise B s2 = c m2. Plain: B g^2 and B rho2 = m2.
         a = tf.where(usable, count, 0)
         b, c = (free, count * free) if self._bias_corrected else (0 * free, tf.where(usable, 1, 0))
         c = tf.cast(c, tf.float64)
-        self._add_arrays(moments, a, b, c, keep, usable, scales)
-        self._add_sums(moments, a, b, c, free, keep, scales)
+        if self._signal is not None:
+            for into, added in ((self._signal, a * square - b * m2), (self._noise, c * m2)):
+                _add(into, keep, added)
+        self._add_sums(squares, spreads, diagonal, a, b, c, free, keep)
         if self.sign_counts:
-            agreement = a * tf.stack(_agreement(moments, self._bias_corrected))
-            self._agreement.assign(keep * self._agreement.value + agreement)
+            agreement = _agreement(moments, self.sample.weights, self._bias_corrected)
+            _add(self._agreement, keep, a * tf.stack(agreement))
         one, kept = tf.cast(usable, tf.int64), tf.cast(keep, tf.int64)
         self._measured.assign(kept * self._measured.value + one)
         self._counted.assign(kept * self._counted.value + one * moments.count)
         self._alone.assign_add(1 - one)
 
-    def _grow(self, moments, optimizer, every, scales, usable, free):
-        mean = moments.mean
-        if scales is not None:
-            mean = [g / tf.cast(s, g.dtype) for g, s in zip(mean, tf.unstack(scales))]
-        factors = gap.preconditioner(optimizer, mean)
-        growth = free * gap.expected(moments.m2, factors, scales)
-        growth = tf.where(usable, growth, self._growth.value)  # one example: as the step before
+    def _grow(self, growth, every):
         self._growth.assign(growth)
         self._gap.assign_add(
             every * tf.where(tf.math.is_nan(growth), tf.zeros_like(growth), growth)
         )
 
-    def _add_arrays(self, moments, a, b, c, keep, usable, scales):
-        """S_j and V_j, of gradients in units of 1 / `_units`."""
-        if not self._signal:
-            return
-        old = new = None
-        if scales is not None:
-            # The smaller scale of the two, so that whatever is rescaled becomes smaller.
-            scales = tf.where(scales > 0, tf.cast(scales, tf.float32), 1)
-            units = self._units.value * tf.cast(keep, tf.float32)
-            after = tf.where(units > 0, tf.minimum(units, scales), scales)
-            after = tf.where(usable, after, self._units.value)
-            old = tf.unstack(tf.square(tf.where(units > 0, after / tf.maximum(units, 1e-38), 1)))
-            new = tf.cast(tf.square(after / scales), tf.float64)
-            self._units.assign(after)
-        many = len(self._signal)
-        factors = [x * (tf.ones([many], tf.float64) if new is None else new) for x in (a, b, c)]
-        kinds = {v.dtype for v in self._noise}
-        factors = {k: [tf.unstack(tf.cast(x, k)) for x in factors] for k in kinds}
-        for i, (mean, m2) in enumerate(zip(moments.mean, moments.m2)):
-            signal, noise = self._signal[i], self._noise[i]
-            a_i, b_i, c_i = (x[i] for x in factors[noise.dtype])
-            mean, m2 = tf.cast(mean, noise.dtype), tf.cast(m2, noise.dtype)
-            added = a_i * tf.square(mean)
-            if self._bias_corrected:
-                added -= b_i * m2
-            for variable, value in ((signal, added), (noise, c_i * m2)):
-                if old is None and not self._last_only:
-                    variable.assign_add(value)
-                    continue
-                factor = tf.cast(keep, noise.dtype)
-                factor *= 1 if old is None else tf.cast(old[i], noise.dtype)
-                before = tf.convert_to_tensor(variable.value)
-                variable.assign(tf.math.multiply_no_nan(before, factor) + value)
-
-    def _add_sums(self, moments, a, b, c, free, keep, scales):
+    def _add_sums(self, squares, m2, diagonal, a, b, c, free, keep):
         """S, V and what `metrics.told_from_zero` asks for, of the model and of each layer."""
-
-        def per_variable(values, power):
-            sums = tf.stack([tf.cast(v, tf.float64) for v in values])
-            if scales is not None:
-                sums /= tf.where(scales > 0, tf.cast(scales, tf.float64), 1) ** power
-            return sums
-
-        # l2_loss(x) is sum(x^2) / 2 without an array in between.
-        squares = per_variable([2 * tf.nn.l2_loss(g) for g in moments.mean], 2)
-        m2 = per_variable([tf.reduce_sum(v) for v in moments.m2], 2)
-        diagonal = per_variable([2 * tf.nn.l2_loss(v) for v in moments.m2], 4)
         known = tf.math.is_finite(squares) & tf.math.is_finite(m2)
-
-        def of_groups(values):
-            return tf.linalg.matvec(self._members, tf.where(known, values, 0))
-
-        squares, m2, diagonal = of_groups(squares), of_groups(m2), of_groups(diagonal)
+        values = tf.where(known, tf.stack([squares, m2, diagonal]), 0)
+        squares, m2, diagonal = tf.unstack(tf.matmul(values, self._members, transpose_b=True))
         trace = free * m2
         u = a * squares - trace
         rows = [None] * 7
         rows[SIGNAL], rows[NOISE] = a * squares - b * m2, c * m2
         rows[TRACE], rows[SQUARES], rows[DIAGONAL] = trace, trace**2, free**2 * diagonal
         rows[PRODUCTS], rows[SIGNALS_SQUARED] = u * trace, u**2
-        self._sums.assign(keep * self._sums.value + tf.stack(rows))
+        _add(self._sums, keep, tf.stack(rows))
 
     def advance(self, batch):
         """Counts a step of so many examples, measured or not."""
@@ -246,7 +210,7 @@ class GSNRMeter(keras.metrics.Metric):
             else:
                 value = None  # below
             results[name] = value
-        if self._signal:
+        if self._signal is not None:
             means, median = self._ratios(told, bound)
             values = {"gsnr": means[0], "gsnr_median": median}
             results |= {name: value for name, value in values.items() if name in results}
@@ -267,23 +231,18 @@ class GSNRMeter(keras.metrics.Metric):
 
     def _ratios(self, told, bound):
         """Means over the model and over each layer `[1 + layers]`, and the model's median."""
-        ratios = [
-            arrays.divide(*(tf.convert_to_tensor(v.value) for v in pair), np.nan)
-            for pair in zip(self._signal, self._noise)
-        ]
-        alive = [~tf.math.is_nan(r) for r in ratios]
-        totals, counts = (
-            tf.linalg.matvec(self._members, tf.stack([tf.cast(v, tf.float64) for v in values]))
-            for values in (
-                [tf.reduce_sum(tf.where(a, r, 0)) for a, r in zip(alive, ratios)],
-                [tf.math.count_nonzero(a) for a in alive],
-            )
-        )
+        pair = (tf.convert_to_tensor(v.value) for v in (self._signal, self._noise))
+        ratios = arrays.divide(*pair, np.nan)
+        alive = ~tf.math.is_nan(ratios)
+        weights = tf.where(alive, self.sample.weights, 0)
+        sums = self.sample.sums(tf.stack([tf.where(alive, weights * ratios, 0), weights], 1))
+        totals, counts = tf.unstack(tf.matmul(self._members, sums), axis=1)
         means = arrays.divide(totals, counts, np.nan)
         if self._bias_corrected:
             told &= metrics.mean_told_from_zero(means, bound, *self._examples_and_steps())
         means = tf.where(told, means, np.nan)
-        median = tf.cast(arrays.quantile(_spaced(ratios), 0.5), tf.float64)
+        stride = -(-self.sample.size // MEDIAN_SAMPLE) if self.sample.exact else 1
+        median = arrays.weighted_median(ratios[::stride], weights[::stride])
         return means, tf.where(told[0], median, np.nan)
 
     @property
@@ -326,8 +285,9 @@ class GSNRMeter(keras.metrics.Metric):
         """At an epoch's start: the sums are emptied, what counts from the start is kept."""
         self._learnt.assign(tf.maximum(self._learnt.value, self.seen.value))
         sums = [self._measured, self._counted, self._alone, self._sums, self._agreement]
-        for variable in [self.seen, *sums, self._units, *self._signal, *self._noise]:
-            variable.assign(tf.zeros(variable.shape, variable.dtype))
+        for variable in (self.seen, *sums, self._signal, self._noise):
+            if variable is not None:
+                variable.assign(tf.zeros(variable.shape, variable.dtype))
 
     def save_own_variables(self, store):
         for name in _KEPT:
@@ -341,7 +301,13 @@ class GSNRMeter(keras.metrics.Metric):
 _KEPT = ("steps", "_learnt", "_gap", "_growth")
 
 
-def _agreement(moments, bias_corrected):
+def _add(variable, keep, added):
+    """`keep` 0 forgets what was there, NaN too."""
+    before = tf.convert_to_tensor(variable.value)
+    variable.assign(tf.math.multiply_no_nan(before, keep) + added)
+
+
+def _agreement(moments, weights, bias_corrected):
     """The sum over parameters of `metrics.same_sign`, and over how many; float64 scalars."""
     positive, negative = (
         arrays.flat([tf.cast(v, tf.float32) for v in counts])
@@ -351,15 +317,8 @@ def _agreement(moments, bias_corrected):
     if bias_corrected:
         pairs = n * n - n
         apart = 2 * tf.math.divide_no_nan(positive * negative, pairs)
-        share, there = tf.where(pairs > 0, 1 - apart, 0), pairs > 0
+        share, there = 1 - apart, pairs > 0
     else:
         share, there = tf.math.divide_no_nan(tf.maximum(positive, negative), n), n > 0
-    total = tf.cast(tf.reduce_sum(share), tf.float64)
-    return total, tf.cast(tf.math.count_nonzero(there), tf.float64)
-
-
-def _spaced(ratios):
-    """At most `MEDIAN_SAMPLE` of all entries, evenly spaced, in one vector."""
-    size = sum(int(np.prod(r.shape)) for r in ratios)
-    stride = -(-size // MEDIAN_SAMPLE)
-    return arrays.flat([tf.reshape(r, [-1])[::stride] for r in ratios])
+    counted = tf.where(there, weights, 0)
+    return tf.reduce_sum(counted * tf.cast(share, tf.float64)), tf.reduce_sum(counted)

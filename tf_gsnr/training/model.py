@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import time
 import weakref
 
 import keras
@@ -19,7 +20,10 @@ from tf_gsnr import gradients
 from tf_gsnr.gradients import contract, distributed, examples
 from tf_gsnr.training import gap, plan, step
 from tf_gsnr.training.meter import SHOWN, GSNRMeter
+from tf_gsnr.training.sample import LEAST, LEAST_OF_LAYERS, SIZE, Sample
 
+LEARN_EVERY = 16  # steps, after which it is read what the comparisons found
+LOOK_EVERY = 0.1  # seconds, between two numbers that the progress bar shows
 POOLS = ("epoch", "batch")
 ENGINES = ("auto", "layerwise")
 
@@ -34,6 +38,7 @@ def GSNRModel(  # noqa: N802 (one line of a script, in the place of a class)
     shown: tuple = SHOWN,
     per_layer: bool = False,
     examples: int | None = None,
+    sample: int | None = SIZE,
 ) -> keras.Model:
     """Makes `fit` measure the GSNR of a model's parameters; returns the same model object.
 
@@ -54,9 +59,16 @@ def GSNRModel(  # noqa: N802 (one line of a script, in the place of a class)
     They are NaN where they cannot be told from zero; the reason is logged once an epoch. How each
     is added up over the steps is in `GSNRMeter`.
 
-    The optimiser is given the gradient that Keras gives it. On the first batch, and at every 16th
-    step, the sum of what is measured is compared with it, variable by variable. What does not agree
-    is not measured (NaN, and left out of the numbers of the whole), and is named once in a warning.
+    Of a large model a sample of its parameters is measured, the same at every step, with every
+    variable in proportion: what is a mean or a median over parameters needs no more. It is off by
+    about 1 / 30 of its value at the default size. The sums in `noise_scale` and `osgr` are exact for
+    dense layers, tables, and what is small; of convolutions, and of layers that act at many
+    positions, they are made up from the sample too, and off by about 1 / 20.
+
+    The optimiser is given the gradient that Keras gives it. The sum of what is measured is compared
+    with it, variable by variable, everywhere on the first batch and at the sampled parameters
+    ever after. What does not agree is not measured (NaN, and left out of the numbers of the whole),
+    and is named once in a warning.
 
     Where examples act on each other, through batch statistics or a contrastive loss, what is shown
     is of each example's contribution to the batch's gradient; the first fit says so.
@@ -81,6 +93,8 @@ def GSNRModel(  # noqa: N802 (one line of a script, in the place of a class)
       examples: N, the number of training examples, for `osgr` and `gap_growth`. By default it is
         the length of the arrays given to `fit`, or else what the longest epoch, or the loop over
         `train_on_batch`, had so far.
+      sample: about how many parameters to measure, if the model has more; None for all, at several
+        times the cost and 16 bytes a parameter.
 
     Raises:
       ValueError: an argument is not usable; or, in `fit`, the model has nothing to train.
@@ -96,11 +110,11 @@ def GSNRModel(  # noqa: N802 (one line of a script, in the place of a class)
     >>> [name for name in history if name.startswith("gsnr")]
     ['gsnr', 'gsnr_median']
     """
-    _check(model, engine, measure_every, pool, shown, examples)
+    _check(model, engine, measure_every, pool, shown, examples, sample)
     meter = dict(
         pool=pool, bias_corrected=bool(bias_corrected), per_layer=bool(per_layer), shown=shown
     )
-    _Training(model, int(measure_every), examples, meter).take_over()
+    _Training(model, int(measure_every), examples, sample, meter).take_over()
     return model
 
 
@@ -111,9 +125,10 @@ class _Training:
     of all others, which knows the outcome. A plain step is Keras's own.
     """
 
-    def __init__(self, model, every, examples, meter_options):
+    def __init__(self, model, every, examples, sample, meter_options):
         self.reference = weakref.ref(model)
-        self.every, self.fixed_examples, self.meter_options = every, examples, meter_options
+        self.every, self.fixed_examples, self.sample = every, examples, sample
+        self.meter_options = meter_options
         self.told = examples or 0
         self.meter = self.plan = None
         self.belongs_to = None  # the optimiser and the variables that the meter was made for
@@ -122,6 +137,9 @@ class _Training:
         self.shapes = [None]  # of the batches, as far as they are known before
         self.steps = 0  # that were made so far
         self.stale = False  # whether the graphs are to be made anew
+        self.look_every = 0.0  # seconds between two looks at the meter in `fit`; None for no look
+        self.looked = -np.inf  # when, last
+        self.numbers = {}  # that were seen
 
     @property
     def model(self):
@@ -150,14 +168,31 @@ class _Training:
         if self.meter is not None:
             self.meter.examples.assign(self.told)
         callbacks = given.get("callbacks")
+        verbose = {**bound.arguments, **given}.get("verbose", "auto")
+        self.look_every = 0.0
         if isinstance(callbacks, keras.callbacks.CallbackList):
             own = _Epochs(self)
             own.set_model(model)
             callbacks.callbacks.insert(0, own)
         elif "callbacks" in signature.parameters or rest:
             more = callbacks if isinstance(callbacks, (list, tuple)) else [callbacks]
-            given["callbacks"] = [_Epochs(self), *(c for c in more if c is not None)]
-        return fit(*bound.args, **bound.kwargs)
+            more = [c for c in more if c is not None]
+            given["callbacks"] = [_Epochs(self), *more]
+            if not any(map(_looks_at_batches, more)):
+                self.look_every = None if verbose in (0, 2) else LOOK_EVERY
+        try:
+            return fit(*bound.args, **bound.kwargs)
+        finally:
+            self.look_every = 0.0
+
+    def look(self) -> dict:
+        """What the meter shows, or what it showed a moment ago; nothing where nobody looks."""
+        if self.look_every is None:
+            return {}
+        now = time.monotonic()
+        if now - self.looked >= self.look_every:
+            self.numbers, self.looked = self.read(), now
+        return self.numbers
 
     def train_step(self, data):
         """One step of the way that is being traced; without one, as the first."""
@@ -204,7 +239,12 @@ class _Training:
             )
             options["shown"] = [name for name in options["shown"] if name != "gap_growth"]
         with tf.init_scope(), model.distribute_strategy.scope():
-            self.meter = GSNRMeter(variables, options.pop("shown"), examples=self.told, **options)
+            least = LEAST_OF_LAYERS if options["per_layer"] else LEAST
+            sample = Sample([v.shape for v in variables], self.sample, least)
+            options |= dict(examples=self.told, sample=sample)
+            self.meter = GSNRMeter(variables, options.pop("shown"), **options)
+        self.read = tf.function(self.meter.result, autograph=False)
+        self.looked = -np.inf
         object.__setattr__(model, "_meter", self.meter)
         self.steps = 0
 
@@ -245,9 +285,9 @@ class _Training:
                 self.stale = False
             logs = run(way, iterator)
             before, self.steps = self.steps, self.steps + model.steps_per_execution
-            if self.steps // step.CHECK_EVERY > before // step.CHECK_EVERY:
+            if self.steps // LEARN_EVERY > before // LEARN_EVERY:
                 self.learn({})
-            return logs
+            return logs | self.look()
 
         model.train_function = train_function
 
@@ -268,17 +308,14 @@ class _Training:
                 self.prepare()
                 self.meter.advance(_size(data))
                 self.steps += 1
-                logs |= self.meter.result()
                 continue
             due = self.steps % self.every == 0
             way = "plain" if not due else "measured" if self.plan_is_settled() else "first"
             self.build(data)
             logs = run(way, _once(data))
-            if way == "first":
-                logs |= self.meter.result()
             self.steps += 1
             self.learn(logs.pop(plan.CHECKS, {}))
-        return logs
+        return logs | self.look()
 
     def build(self, data):
         """Makes the variables of optimiser, metrics and loss, lest the step be traced twice."""
@@ -307,8 +344,18 @@ class _Training:
         self.stale = self.stale or grown and not first
 
 
+def _looks_at_batches(callback) -> bool:
+    names = ("on_batch_end", "on_train_batch_end")
+    theirs = [getattr(type(callback), name, None) for name in names]
+    same = [t is getattr(keras.callbacks.Callback, name) for t, name in zip(theirs, names)]
+    return not all(same) or any(name in vars(callback) for name in names)
+
+
 class _Epochs(keras.callbacks.Callback):
-    """Empties the meter when an epoch begins; says why there are no numbers when it ends."""
+    """Empties the meter when an epoch begins; shows it when it ends, or says why it cannot.
+
+    It is the first of the callbacks, which all are given the same logs.
+    """
 
     def __init__(self, training):
         super().__init__()
@@ -322,6 +369,8 @@ class _Epochs(keras.callbacks.Callback):
         if self.training.meter is None:  # there was no step
             return
         self.training.learn({})
+        if logs is not None:
+            logs |= {k: float(v) for k, v in self.training.read().items()}
         for reason in self.training.meter.reasons():
             logging.warning("epoch %d: %s", epoch + 1, reason)
 
@@ -366,7 +415,7 @@ def _local(value):
     return values[0] if isinstance(values, tuple) else value
 
 
-def _check(model, engine, measure_every, pool, shown, examples):
+def _check(model, engine, measure_every, pool, shown, examples, sample):
     if not isinstance(model, keras.Model):
         raise ValueError(f"model={model!r}: expected a keras.Model, got {type(model).__name__}")
     own = vars(model).get("train_step")
@@ -396,6 +445,9 @@ def _check(model, engine, measure_every, pool, shown, examples):
         raise ValueError(f"shown: unknown {unknown}; available: {', '.join(SHOWN)}")
     if examples is not None and examples < 1:
         raise ValueError(f"examples={examples}: expected the number of training examples")
+    whole = isinstance(sample, (int, np.integer)) and not isinstance(sample, bool) and sample > 0
+    if sample is not None and not whole:
+        raise ValueError(f"sample={sample!r}: expected a number of parameters, or None for all")
 
 
 def _length(given) -> int:

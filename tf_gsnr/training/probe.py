@@ -5,12 +5,14 @@ Index letters: n example of the probe set, j parameter, N training examples.
 
 from __future__ import annotations
 
+import numpy as np
 import tensorflow as tf
 
 from tf_gsnr import metrics
 from tf_gsnr.gradients import examples, gradient_moments, losses
 from tf_gsnr.moments import Moments
 from tf_gsnr.training import gap
+from tf_gsnr.training.sample import Sample
 
 
 def check_fits(model, x, name: str):
@@ -76,6 +78,7 @@ def predicted_growth(moments: Moments, optimizer, examples: int) -> float:
       optimizer: after the step.
       examples: N, the number of training examples.
     """
-    factors = gap.preconditioner(optimizer, [tf.convert_to_tensor(g) for g in moments.mean])
-    variances = [tf.convert_to_tensor(v) for v in moments.variance(1)]
-    return float(gap.expected(variances, factors)) / examples
+    sample = Sample([np.shape(g) for g in moments.mean])  # of all
+    factors = gap.preconditioner(optimizer, moments.mean, sample)
+    variances = sample.take(moments.variance(1))
+    return float(gap.expected(variances, sample.sums(variances), factors, sample)) / examples

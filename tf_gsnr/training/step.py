@@ -5,11 +5,12 @@ own model object and its real variables. The loss L is differentiated once, to t
 layers; from these gradients the rules make c[n], B times the part of dL/dW that passes through
 example n's rows, so that mean_n c[n] = dL/dW for every loss, mask, weight and reduction. The
 optimiser is given the ordinary gradient, whatever is measured: a sum that agrees on one batch may
-differ on the next, where a variable is used outside its layer now and then. In the first step and
-in every 16th the two are compared, and a variable for which they differ is not measured.
+differ on the next, where a variable is used outside its layer now and then. At every measured step
+the two are compared at the parameters that are measured, and in the first step everywhere; a
+variable for which they differ is not measured.
 
-Index letters: n example, B the global batch size, R replicas, S the factor by which mixed precision
-scales the loss.
+Index letters: n example, k sampled parameter, v variable, B the global batch size, R replicas, S the
+factor by which mixed precision scales the loss.
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from tf_gsnr.gradients import capture, conservation, distributed, layerwise, rules
+from tf_gsnr import arrays
+from tf_gsnr.gradients import capture, conservation, dense_forms, distributed, layerwise, rules
 from tf_gsnr.moments import Moments
+from tf_gsnr.training import gap
 from tf_gsnr.training.plan import CHECKS, Plan, first_checks, operations
-
-CHECK_EVERY = 16  # steps, from one comparison with the ordinary gradient to the next
 
 
 def measured(model, plan: Plan, meter, data, *, every: int = 1, due=True) -> dict:
@@ -57,10 +58,9 @@ def measured(model, plan: Plan, meter, data, *, every: int = 1, due=True) -> dic
     ordinary = gradients[len(watched) :]
     found.set_gradients(gradients[: len(watched)])
 
-    factor = _global(n) / loss_scale(model.optimizer)  # c[n] = B / S times what passes through n
-    scales = layerwise.unit_scales(found.calls, factor)
-    by_variable = layerwise.forms_of(found.calls, plan.folds, scales, plan.reasons)
-    moments = _moments(model, plan, meter, by_variable, scales, ordinary, n)
+    scale = loss_scale(model.optimizer)
+    factor = _global(n) / scale  # c[n] = B / S times what passes through n
+    moments, totals = _measured(model, plan, meter, found, ordinary, n, factor)
     checks = {}
     if first:
         of_loss = operations()[len(before) : end]
@@ -73,20 +73,20 @@ def measured(model, plan: Plan, meter, data, *, every: int = 1, due=True) -> dic
     if isinstance(model.optimizer, keras.optimizers.LossScaleOptimizer):
         # The optimiser skips a step whose scaled gradients overflow, and so does the meter.
         due &= _all_finite(ordinary)
-    powers = [tf.cast(scales.get(id(v), factor), tf.float32) / factor for v in variables]
     due &= _rows_are_examples(found.calls, n)
     meter.advance(_global(n))
-    powers = tf.stack(powers)
+    gradients = None
+    if "gap_growth" in meter.shown and gap.needs_gradients(model.optimizer):
+        gradients = [_reduced_gradient(g, scale) for g in ordinary]
 
     def show(moments):
-        meter.update_state(_reduced(moments), model.optimizer, every, powers)
+        meter.update_state(_reduced(moments), model.optimizer, every, totals, gradients)
 
     if replicas() == 1 and tf.get_static_value(tf.convert_to_tensor(due)):
         show(moments)
     else:
         distributed.where(due, show, moments)
-    shown = {} if first else meter.result()  # those of the first step are read outside its graph
-    return logs | shown | ({CHECKS: checks} if checks else {})
+    return logs | ({CHECKS: checks} if checks else {})
 
 
 def plain(model, plan, meter, data) -> dict:
@@ -95,7 +95,7 @@ def plain(model, plan, meter, data) -> dict:
     logs = type(model).train_step(model, data)
     x, _, _ = keras.utils.unpack_x_y_sample_weight(data)
     meter.advance(_global(capture.batch_size(x)))
-    return logs | meter.result()
+    return logs
 
 
 def as_traced(values, hides_batch_size: bool):
@@ -133,67 +133,157 @@ def _refuse_names(logs, meter):
         )
 
 
-def _moments(model, plan, meter, by_variable, scales, ordinary, n) -> Moments:
-    """Of the batch's contributions, scaled; NaN for what is not measured. Notes the comparison."""
-    variables = model.trainable_variables
-    used = {key: form for key, form in by_variable.items() if key not in plan.unmeasured}
-    mean, m2, up, down = layerwise.combined(variables, used, n, None, meter.sign_counts)
-    whole = [tf.cast(scales.get(id(v), 1.0), tf.float32) for v in variables]
-    per_sums = tf.unstack(tf.cast(n, tf.float32) / tf.stack(whole))  # times the mean: the sum
-    plan.missed, places = [], []
-    for j, variable in enumerate(variables):
-        key = id(variable)
-        if ordinary[j] is None:
-            plan.agreed.add(key)
-        elif key in plan.unmeasured or key not in used:
-            plan.missed += [variable] if key not in plan.unmeasured else []
-            mean[j] = m2[j] = tf.fill(variable.shape, tf.constant(np.nan, mean[j].dtype))
-        else:
-            places.append(j)
-    unused = [conservation.UNUSED] * len(variables)
+def _measured(model, plan, meter, found, ordinary, n, factor):
+    """`(Moments of the sampled parameters [k], totals)` of the contributions; see `GSNRMeter`.
 
-    def compared():
-        found = dict(zip(places, _compared(model, places, mean, m2, ordinary, per_sums, n)))
-        return tf.stack([found.get(j, unused[j]) for j in range(len(variables))])
-
-    if not plan.settled:
-        status = compared()
-        for j in places:
-            wrong = tf.equal(status[j], conservation.DIFFERS)
-            nan = tf.constant(np.nan, mean[j].dtype)
-            mean[j], m2[j] = tf.where(wrong, nan, mean[j]), tf.where(wrong, nan, m2[j])
-    else:
-        due = tf.equal(meter.steps.value % CHECK_EVERY, 0)
-        status = tf.cond(due, compared, lambda: tf.zeros([len(variables)], tf.int32))
+    NaN for what is not measured; notes what came of the comparison with the ordinary gradient.
+    """
+    variables, sample = model.trainable_variables, meter.sample
+    scales = layerwise.unit_scales(found.calls) if sample.exact else None
+    forms = layerwise.forms_of(found.calls, plan.folds, scales, plan.reasons)
+    used, left_out = [], []
+    plan.missed = []
+    for v, gradient in zip(variables, ordinary):
+        form = None if id(v) in plan.unmeasured else forms.get(id(v))
+        if gradient is None:
+            form = layerwise.Nothing(v)
+        elif form is None:
+            plan.missed += [] if id(v) in plan.unmeasured else [v]
+        used.append(form or layerwise.Nothing(v))
+        left_out.append(form is None)
+    of = _of_all if sample.exact else _of_sample
+    moments = of(sample, used, n, meter.sign_counts, variables, scales)
+    mean, m2 = moments.mean[0], moments.m2[0]
+    status = _compared(model, sample, used, ordinary, mean, m2, n, first=not plan.settled)
+    idle = np.array([o or g is None for o, g in zip(left_out, ordinary)])
+    status = tf.where(idle, conservation.UNUSED, status)
     meter.status.assign(tf.maximum(meter.status.value, status))
-    return Moments(tf.cast(n, tf.int64), tf.zeros([], tf.float64), mean, m2, up, down)
+    wrong = tf.gather(tf.equal(status, conservation.DIFFERS) | left_out, sample.owner)
+    mean, m2 = (tf.where(wrong, tf.constant(np.nan, tf.float64), v) for v in (mean, m2))
+    factor = tf.cast(factor, tf.float64)
+    totals = None
+    if replicas() == 1 and not sample.exact and _is_precise(model):
+        totals = _totals(sample, used, ordinary, n) * tf.square(factor)
+    moments = moments._replace(mean=[mean * factor], m2=[m2 * tf.square(factor)])
+    return moments, totals
 
 
-def _compared(model, places, mean, m2, ordinary, per_sums, n) -> list:
-    """The status of the variables at these places, their regularisers' gradients taken out."""
-    if not places:
-        return []
-    variables = [model.trainable_variables[j] for j in places]
-    ours, theirs, penalised, variances = [], [], [], []
-    for j, variable in zip(places, variables):
-        dtype = mean[j].dtype
-        per_sum = tf.cast(per_sums[j], dtype)
-        gradient = tf.cast(tf.convert_to_tensor(ordinary[j]), dtype) / per_sum
-        penalty = _penalty_gradient(model, variable)
-        ours.append(mean[j])
-        theirs.append(gradient)
-        penalised.append(
-            gradient if penalty is None else gradient - tf.cast(penalty, dtype) / per_sum
-        )
-        variances.append(tf.reduce_max(m2[j]))
-    variances = tf.unstack(conservation.stacked(variances) / tf.cast(n, tf.float64))
+BLOCK_BYTES = 4 * dense_forms.BLOCK_BYTES  # of gradients of examples at sampled places
+
+
+def _of_sample(sample, forms, n, sign_counts, variables, scales):
+    """`Moments` of float64 vectors `[k]`, from the gradients of each example at these places."""
+    groups, size = [[]], 0
+    examples = n if isinstance(n, int) else dense_forms.UNKNOWN_BATCH
+    for form, there in zip(forms, sample.places):
+        if groups[-1] and (size + there.size) * examples * 8 > BLOCK_BYTES:
+            groups.append([])
+            size = 0
+        groups[-1].append((form, there))
+        size += there.size
+    parts = []
+    for group in groups:
+        with tf.control_dependencies(tf.nest.flatten(parts[-1:])):
+            each = [_of_each(*one, n) for one in group]
+            parts.append(_moments_of(dense_forms.concatenated(each, 1), n, sign_counts))
+    mean, m2, *signs = (dense_forms.concatenated(part, 0) for part in zip(*parts))
+    signs = [[v] for v in signs] or [[], []]
+    return Moments(tf.cast(n, tf.int64), tf.zeros([], tf.float64), [mean], [m2], *signs)
+
+
+def _of_each(form, there, n):
+    g = form.sample(there)
+    g = g if g.dtype.size >= 4 else tf.cast(g, tf.float32)
+    if isinstance(form, layerwise.Nothing):
+        g = tf.zeros([n, there.size], g.dtype)
+    return tf.ensure_shape(g, [None, there.size])
+
+
+def _moments_of(g, n, sign_counts):
+    """Of `g [n, k]`: mean, m2 and, if wanted, n+ and n-, `[k]` each."""
+    wide = tf.cast(g, tf.float64)  # the squares of what is small would underflow in float32
+    mean = tf.reduce_sum(wide, 0) / tf.cast(n, tf.float64)
+    m2 = tf.reduce_sum(tf.math.squared_difference(wide, mean), 0)
+    if not sign_counts:
+        return mean, m2
+    signs = tf.sign(tf.cast(g, tf.float32))
+    difference, there = tf.reduce_sum(signs, 0), tf.reduce_sum(tf.abs(signs), 0)
+    return mean, m2, (there + difference) / 2, (there - difference) / 2
+
+
+def _of_all(sample, forms, n, sign_counts, variables, scales):
+    """`Moments` of float64 vectors, from the forms' own moments; `scales` are taken out again."""
+    by_variable = {id(v): form for v, form in zip(variables, forms)}
+    mean, m2, *signs = layerwise.combined(variables, by_variable, n, None, sign_counts)
+    powers = [tf.cast(scales.get(id(v), 1.0), tf.float64) for v in variables]
+    mean = sample.take(mean) / tf.gather(tf.stack(powers), sample.owner)
+    m2 = sample.take(m2) / tf.square(tf.gather(tf.stack(powers), sample.owner))
+    signs = [[arrays.flat(v)] if v else [] for v in signs]
+    return Moments(tf.cast(n, tf.int64), tf.zeros([], tf.float64), [mean], [m2], *signs)
+
+
+CANCELS_BELOW = 0.1  # of sum g^2: less of it is better told from centred gradients
+UNDERFLOWS_BELOW = 1e-28  # a sum of squares, some of which float32 may have lost
+
+
+def _totals(sample, forms, ordinary, n):
+    """|g|^2 and sum m2 of whole variables, float64 `[2, v]`; NaN where a sample has to do."""
+    n, nothing = tf.cast(n, tf.float64), tf.constant(np.nan, tf.float64)
+    found = []
+    for form, there, gradient in zip(forms, sample.places, ordinary):
+        squares = None if there.whole or gradient is None else form.cheap_squares()
+        if squares is None:
+            found.append(tf.stack([nothing, nothing]))
+            continue
+        whole = tf.cast(2 * tf.nn.l2_loss(tf.convert_to_tensor(gradient)), tf.float64)
+        m2 = squares - whole / n
+        clear = (m2 > CANCELS_BELOW * squares) & (whole > UNDERFLOWS_BELOW)
+        found.append(tf.where(clear, tf.stack([whole / n**2, m2]), nothing))
+    return tf.stack(found, 1)
+
+
+def _is_precise(model):
+    return "16" not in conservation.precision_of(model)
+
+
+def _compared(model, sample, forms, ordinary, mean, m2, n, first):
+    """Whether contributions add up to the ordinary gradient, int32 `[v]`; see `conservation`.
+
+    At the sampled places; in the first step everywhere.
+    """
+    variables, count = model.trainable_variables, tf.cast(n, tf.float64)
     precision = conservation.precision_of(model)
-    status = conservation.compared(variables, precision, ours, theirs, variances)
-    if any(v.regularizer is not None for v in variables):
+    variances = sample.largest(m2) / count
+    totals = {}
+    if first:
+        totals = {i: forms[i].total() for i, p in enumerate(sample.places) if not p.whole}
+
+    def status_of(gradients):
+        theirs = sample.take(gradients) / count
+        sizes = [sample.largest(tf.abs(v)) for v in (mean - theirs, theirs, mean)]
+        if totals:
+            whole = [[tf.zeros([], tf.float64)] * 3 for _ in variables]
+            for i, ours in totals.items():
+                ours, theirs = (
+                    0.0 if v is None else tf.cast(tf.convert_to_tensor(v), tf.float64) / count
+                    for v in (ours, gradients[i])
+                )
+                whole[i] = [tf.reduce_max(tf.abs(v)) for v in (ours - theirs, theirs, ours)]
+            sizes = [tf.maximum(*pair) for pair in zip(sizes, map(tf.stack, zip(*whole)))]
+        return conservation.judged(variables, precision, *sizes, variances)
+
+    status = status_of(ordinary)
+    penalties = [_penalty_gradient(model, v) for v in variables]
+    if any(p is not None for p in penalties):
         # A compute_loss of the user's may leave the penalties out: either will do.
-        without = conservation.compared(variables, precision, ours, penalised, variances)
+        pairs = zip(ordinary, penalties)
+        without = [
+            g if g is None or p is None else tf.convert_to_tensor(g) - tf.cast(p, g.dtype)
+            for g, p in pairs
+        ]
+        without = status_of(without)
         status = tf.where(tf.equal(without, conservation.AGREES), without, status)
-    return tf.unstack(status)
+    return status
 
 
 def _penalty_gradient(model, variable):
@@ -236,6 +326,17 @@ def _global(n):
     if replicas() == 1:
         return n
     return tf.distribute.get_replica_context().all_reduce("SUM", n)
+
+
+def _reduced_gradient(gradient, scale):
+    """Dense, of the whole batch, without the factor of mixed precision; None as it is."""
+    if gradient is None:
+        return None
+    gradient = tf.convert_to_tensor(gradient)
+    gradient /= tf.cast(scale, gradient.dtype)
+    if replicas() == 1:
+        return gradient
+    return tf.distribute.get_replica_context().all_reduce("SUM", gradient)
 
 
 def _reduced(moments):

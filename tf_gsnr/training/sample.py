@@ -1,0 +1,69 @@
+"""Which parameters `fit` measures: all of a small model, a sample of a large one.
+
+What is wanted of parameters one by one is a mean or a median over them, and that a sample tells.
+Index letters: n example, v variable, k sampled parameter.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import tensorflow as tf
+
+from tf_gsnr import arrays
+from tf_gsnr.gradients import forms, places
+
+SIZE = 2**14  # parameters in a sample, unless told otherwise
+LEAST, LEAST_OF_LAYERS = 64, 512  # of a variable, if it has as many; where layers are shown
+
+
+class Sample:
+    """A sample of parameters, the same at every step; variables in proportion, none left out.
+
+    Attributes:
+      places: `gradients.places.Places`, per variable.
+      owner: int `[k]`, the index of each sampled parameter's variable; ascending.
+      weights: float64 `[k]`, for how many parameters each stands.
+      exact: whether all were asked for.
+    """
+
+    def __init__(self, shapes, size: int | None = None, least: int = LEAST):
+        sizes = [math.prod(shape) for shape in shapes]
+        share = 1.0 if size is None else min(1.0, size / sum(sizes))
+        wanted = [n if share == 1 else max(math.ceil(share * n), least) for n in sizes]
+        self.places = [places.of(s, w, seed) for seed, (s, w) in enumerate(zip(shapes, wanted))]
+        found = [p.size for p in self.places]
+        self.owner = np.repeat(np.arange(len(found)), found)
+        self.weights = np.repeat([n / k for n, k in zip(sizes, found)], found)
+        self.exact = size is None
+
+    @property
+    def size(self) -> int:
+        return len(self.owner)
+
+    def take(self, values):
+        """What these arrays of the variables' shapes hold at the sampled places, float64 `[k]`.
+
+        Args:
+          values: per variable an array, `tf.IndexedSlices`, or None for zeros.
+        """
+        return arrays.flat([tf.cast(self._take(*v), tf.float64) for v in zip(self.places, values)])
+
+    def _take(self, there, value):
+        if value is None:
+            return tf.zeros([there.size])
+        if isinstance(value, tf.IndexedSlices) and not there.whole:
+            rows = tf.reshape(value.values, [1, -1, there.shape[-1]])
+            ids = tf.reshape(value.indices, [1, -1])
+            return forms.Sparse(ids, rows, there.shape, rows.dtype).sample(there)[0]
+        flat = tf.reshape(tf.convert_to_tensor(value), [-1])
+        return flat if there.whole else tf.gather(flat, there.flat)
+
+    def sums(self, values):
+        """The sums over each variable's sampled parameters; `[k, ...]` to `[v, ...]`."""
+        return tf.math.segment_sum(values, self.owner)
+
+    def largest(self, values):
+        """The largest of each variable's."""
+        return tf.math.segment_max(values, self.owner)
