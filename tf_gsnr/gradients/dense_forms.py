@@ -86,6 +86,10 @@ class Form:
             parts.append(tf.gather(g, inside, axis=1))
         return concatenated(parts, 1)
 
+    def moments_at(self, places: Places, n, sign_counts: bool):
+        """`moments_of(self.sample(places))`, where there is a way without it; else None."""
+        return None
+
     def _assemble(self, fn):
         """`fn` of each block, one after the other, put together in the shape of the variable."""
         parts = []
@@ -205,9 +209,7 @@ class Outer(Form):
     def cheap_squares(self):
         if not self.factored:
             return None
-        x = concatenated([self.column(f) for f in self.columns], -1)
-        sizes = [tf.reduce_sum(tf.square(tf.cast(v, tf.float64)), -1) for v in (x, self.dz)]
-        return tf.reduce_sum(sizes[0] * sizes[1])
+        return tf.reduce_sum(tf.cast(self.square_norms(), tf.float64))
 
     def sample(self, places):
         product = None if places.whole else places.product(self.dz.shape[-1])
@@ -215,6 +217,64 @@ class Outer(Form):
             return super().sample(places)
         x = self.column(self.columns[0])
         return products_of_tiles(tiles_of(x, product[0]), tiles_of(self.dz, product[1]))
+
+    def moments_at(self, places, n, sign_counts):
+        """Each tile is a small `Outer`: the products of the whole in small."""
+        product = None if places.whole else places.product(self.dz.shape[-1])
+        if not self.factored or places.size < FEW or product is None or len(self.columns) > 1:
+            return None
+        x, dz = (
+            tf.transpose(tiles_of(v, index), [1, 0, 2])  # m n a
+            for v, index in zip((self.column(self.columns[0]), self.dz), product)
+        )
+
+        def factors(v):
+            signs = [tf.sign(v), tf.abs(tf.sign(v))] if sign_counts else []
+            return tf.stack([v, tf.square(v), *signs])
+
+        sums = tf.matmul(factors(x), factors(dz), transpose_a=True)
+        total, squares, *signs = tf.unstack(tf.cast(tf.reshape(sums, [-1, places.size]), tf.float64))
+        mean = total / tf.cast(n, tf.float64)
+        m2 = squares - mean * total
+        unsafe = tf.reduce_any(m2 < CENTRED_BELOW * squares) | (tf.reduce_max(squares) < TINY)
+
+        def centred():
+            return moments_of(self.sample(places), n, False)
+
+        mean, m2 = tf.cond(unsafe, centred, lambda: (mean, m2))
+        return mean, m2, *_counts(*signs)
+
+
+FEW = 1024  # places, at which one matrix for all variables takes fewer operations
+TINY = 1e-24  # mean squares, of gradients whose squares float32 may lose
+
+
+def moments_of(g, n, sign_counts: bool):
+    """Of `g [n, k]`: mean, m2 and, if wanted, n+ and n-, float64 `[k]` each."""
+
+    def total(values):  # a product with ones is the fastest sum over examples
+        return tf.matmul(tf.ones([1, n], values.dtype), values)[0]
+
+    def mean_and_m2(g):
+        mean = total(g) / tf.cast(n, g.dtype)
+        return tf.cast(mean, tf.float64), tf.cast(total(tf.square(g - mean)), tf.float64)
+
+    mean, m2 = mean_and_m2(g)
+    if g.dtype.size < 8:
+        tiny = tf.reduce_max(m2 + tf.square(mean)) < TINY
+        mean, m2 = tf.cond(tiny, lambda: mean_and_m2(tf.cast(g, tf.float64)), lambda: (mean, m2))
+    if not sign_counts:
+        return mean, m2
+    signs = tf.sign(g)
+    return mean, m2, *_counts(total(signs), total(tf.abs(signs)))
+
+
+def _counts(*signs):
+    """n+ and n-, from the sum of the signs and of their absolute values."""
+    if not signs:
+        return ()
+    difference, there = (tf.cast(v, tf.float64) for v in signs)
+    return (there + difference) / 2, (there - difference) / 2
 
 
 def tiles_of(v, index):

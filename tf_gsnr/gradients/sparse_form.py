@@ -6,6 +6,7 @@ of as many places for an example's distinct entries as there are tokens.
 
 from __future__ import annotations
 
+import numpy as np
 import tensorflow as tf
 
 from tf_gsnr.gradients.dense_forms import Form, product, products_of_tiles, tiles_of
@@ -83,8 +84,7 @@ class Sparse(Form):
         return tf.math.unsorted_segment_sum(squares, example, tf.shape(self.ids)[0])
 
     def cheap_squares(self):
-        _, _, rows = self._rows()
-        return tf.reduce_sum(tf.square(tf.cast(rows, tf.float64)))
+        return tf.reduce_sum(tf.square(tf.cast(self._rows()[2], tf.float64)))
 
     def sample(self, places):
         if places.whole:
@@ -92,3 +92,23 @@ class Sparse(Form):
         rows, columns = places.product(self.shape[-1])
         looked_up = tf.equal(self.ids[:, :, tf.newaxis, tf.newaxis], rows)
         return products_of_tiles(tf.cast(looked_up, self.dtype), tiles_of(self.dz, columns))
+
+    def at(self, places):
+        """Of the entries that a sample is of: `(form, index [k])`, where it is in theirs."""
+        if places.whole:
+            return self, places.flat
+        rows, columns = np.divmod(places.flat, self.shape[1])
+        kept, place = np.unique(rows, return_inverse=True)
+        slot = tf.searchsorted(kept, tf.reshape(self.ids, [-1]), out_type=tf.int64)
+        slot = tf.reshape(slot, tf.shape(self.ids))
+        there = tf.equal(tf.gather(kept, tf.minimum(slot, len(kept) - 1)), self.ids)
+        slot = tf.where(there, slot, len(kept))  # all others in one entry more
+        form = Sparse(slot, self.dz, (len(kept) + 1, self.shape[1]), self.dtype)
+        return form, place * self.shape[1] + columns
+
+    def moments_at(self, places, n, sign_counts):
+        form, index = self.at(places)
+        form = Sparse(form.ids, form.dz, form.shape, tf.float64)
+        values = form.moments(tf.cast(n, tf.float64), None)
+        values += form.signs() if sign_counts else ()
+        return [tf.gather(tf.reshape(tf.cast(v, tf.float64), [-1]), index) for v in values]

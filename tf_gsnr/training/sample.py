@@ -54,9 +54,8 @@ class Sample:
         if value is None:
             return tf.zeros([there.size])
         if isinstance(value, tf.IndexedSlices) and not there.whole:
-            rows = tf.reshape(value.values, [1, -1, there.shape[-1]])
-            ids = tf.reshape(value.indices, [1, -1])
-            return forms.Sparse(ids, rows, there.shape, rows.dtype).sample(there)[0]
+            form, index = table(value, there.shape).at(there)
+            return tf.gather(tf.reshape(form.total(), [-1]), index)
         flat = tf.reshape(tf.convert_to_tensor(value), [-1])
         return flat if there.whole else tf.gather(flat, there.flat)
 
@@ -67,3 +66,9 @@ class Sample:
     def largest(self, values):
         """The largest of each variable's."""
         return tf.math.segment_max(values, self.owner)
+
+
+def table(slices, shape) -> forms.Sparse:
+    """A sparse gradient as the form of one example."""
+    rows = tf.reshape(slices.values, [1, -1, shape[-1]])
+    return forms.Sparse(tf.reshape(slices.indices, [1, -1]), rows, shape, rows.dtype)

@@ -20,10 +20,12 @@ import numpy as np
 import tensorflow as tf
 
 from tf_gsnr import arrays
-from tf_gsnr.gradients import capture, conservation, dense_forms, distributed, layerwise, rules
+from tf_gsnr.gradients import capture, conservation, distributed, layerwise, rules
+from tf_gsnr.gradients.dense_forms import BLOCK_BYTES, UNKNOWN_BATCH, concatenated, moments_of
 from tf_gsnr.moments import Moments
 from tf_gsnr.training import gap
 from tf_gsnr.training.plan import CHECKS, Plan, first_checks, operations
+from tf_gsnr.training.sample import table
 
 
 def measured(model, plan: Plan, meter, data, *, every: int = 1, due=True) -> dict:
@@ -168,47 +170,45 @@ def _measured(model, plan, meter, found, ordinary, n, factor):
     return moments, totals
 
 
-BLOCK_BYTES = 4 * dense_forms.BLOCK_BYTES  # of gradients of examples at sampled places
-
-
 def _of_sample(sample, forms, n, sign_counts, variables, scales):
     """`Moments` of float64 vectors `[k]`, from the gradients of each example at these places."""
-    groups, size = [[]], 0
-    examples = n if isinstance(n, int) else dense_forms.UNKNOWN_BATCH
-    for form, there in zip(forms, sample.places):
-        if groups[-1] and (size + there.size) * examples * 8 > BLOCK_BYTES:
-            groups.append([])
-            size = 0
-        groups[-1].append((form, there))
-        size += there.size
+    matrices, columns, found = [], [], {}
+    for v, (form, there) in enumerate(zip(forms, sample.places)):
+        found[v] = form.moments_at(there, n, sign_counts)
+        if found[v] is None:
+            matrices.append((form, there))
+            columns.append(v)
     parts = []
-    for group in groups:
+    for group in _groups(matrices, n):
         with tf.control_dependencies(tf.nest.flatten(parts[-1:])):
-            each = [_of_each(*one, n) for one in group]
-            parts.append(_moments_of(dense_forms.concatenated(each, 1), n, sign_counts))
-    mean, m2, *signs = (dense_forms.concatenated(part, 0) for part in zip(*parts))
+            each = [_of_each(*one) for one in group]
+            parts.append(moments_of(concatenated(each, 1), n, sign_counts))
+    if parts:
+        sizes = [there.size for _, there in matrices]
+        split = [tf.split(concatenated(p, 0), sizes) for p in zip(*parts)]
+        found |= dict(zip(columns, zip(*split)))
+    values = [arrays.flat(v) for v in zip(*(found[v] for v in range(len(forms))))]
+    mean, m2, *signs = values
     signs = [[v] for v in signs] or [[], []]
     return Moments(tf.cast(n, tf.int64), tf.zeros([], tf.float64), [mean], [m2], *signs)
 
 
-def _of_each(form, there, n):
+def _groups(pairs, n):
+    """The forms and their places, in groups of which all gradients are in memory together."""
+    groups, size = [], 0
+    examples = n if isinstance(n, int) else UNKNOWN_BATCH
+    for form, there in pairs:
+        size += there.size * examples * 8
+        if not groups or size > BLOCK_BYTES:
+            groups.append([])
+            size = there.size * examples * 8
+        groups[-1].append((form, there))
+    return groups
+
+
+def _of_each(form, there):
     g = form.sample(there)
-    g = g if g.dtype.size >= 4 else tf.cast(g, tf.float32)
-    if isinstance(form, layerwise.Nothing):
-        g = tf.zeros([n, there.size], g.dtype)
-    return tf.ensure_shape(g, [None, there.size])
-
-
-def _moments_of(g, n, sign_counts):
-    """Of `g [n, k]`: mean, m2 and, if wanted, n+ and n-, `[k]` each."""
-    wide = tf.cast(g, tf.float64)  # the squares of what is small would underflow in float32
-    mean = tf.reduce_sum(wide, 0) / tf.cast(n, tf.float64)
-    m2 = tf.reduce_sum(tf.math.squared_difference(wide, mean), 0)
-    if not sign_counts:
-        return mean, m2
-    signs = tf.sign(tf.cast(g, tf.float32))
-    difference, there = tf.reduce_sum(signs, 0), tf.reduce_sum(tf.abs(signs), 0)
-    return mean, m2, (there + difference) / 2, (there - difference) / 2
+    return tf.ensure_shape(g if g.dtype.size >= 4 else tf.cast(g, tf.float32), [None, there.size])
 
 
 def _of_all(sample, forms, n, sign_counts, variables, scales):
@@ -235,9 +235,12 @@ def _totals(sample, forms, ordinary, n):
         if squares is None:
             found.append(tf.stack([nothing, nothing]))
             continue
-        whole = tf.cast(2 * tf.nn.l2_loss(tf.convert_to_tensor(gradient)), tf.float64)
+        if isinstance(gradient, tf.IndexedSlices):
+            whole = table(gradient, there.shape).cheap_squares()
+        else:
+            whole = tf.cast(2 * tf.nn.l2_loss(gradient), tf.float64)
         m2 = squares - whole / n
-        clear = (m2 > CANCELS_BELOW * squares) & (whole > UNDERFLOWS_BELOW)
+        clear = (m2 > CANCELS_BELOW * squares) & (tf.minimum(squares, whole) > UNDERFLOWS_BELOW)
         found.append(tf.where(clear, tf.stack([whole / n**2, m2]), nothing))
     return tf.stack(found, 1)
 
