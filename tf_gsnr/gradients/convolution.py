@@ -220,7 +220,7 @@ class Kernel(forms.Form):
         return [whole]
 
     def sample(self, places):
-        """`[n, k]`; each tile is at one position of the kernel, where it sees a part of the input."""
+        """`[n, k]`; each tile is at one position of the kernel and sees a part of the input."""
         *spatial, channels, filters = self.shape
         product = None if places.whole else places.product(filters)
         if product is None or not (self.depthwise or self.x.shape[-1] == channels):

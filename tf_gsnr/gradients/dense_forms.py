@@ -114,6 +114,11 @@ class Rows(Form):
     def blocks(self):
         return [lambda: tf.reshape(self.materialise(), [-1, product(self.shape)])]
 
+    def cheap_squares(self):
+        if callable(self.gradients):
+            return None
+        return tf.cast(tf.reduce_sum(tf.square(self.materialise())), tf.float64)
+
 
 class Outer(Form):
     """`G[n,i,o] = sum_t x[n,t,i] dz[n,t,o]`, what a matrix product leaves behind.
@@ -233,20 +238,13 @@ class Outer(Form):
             return tf.stack([v, tf.square(v), *signs])
 
         sums = tf.matmul(factors(x), factors(dz), transpose_a=True)
-        total, squares, *signs = tf.unstack(tf.cast(tf.reshape(sums, [-1, places.size]), tf.float64))
-        mean = total / tf.cast(n, tf.float64)
-        m2 = squares - mean * total
-        unsafe = tf.reduce_any(m2 < CENTRED_BELOW * squares) | (tf.reduce_max(squares) < TINY)
-
-        def centred():
-            return moments_of(self.sample(places), n, False)
-
-        mean, m2 = tf.cond(unsafe, centred, lambda: (mean, m2))
-        return mean, m2, *_counts(*signs)
+        sums = tf.reshape(sums, [-1, places.size])
+        return moments_from_sums(sums, n, lambda: moments_of(self.sample(places), n, False))
 
 
 FEW = 1024  # places, at which one matrix for all variables takes fewer operations
-TINY = 1e-24  # mean squares, of gradients whose squares float32 may lose
+# Sums of squares beyond which float32 has lost some of them.
+TINY, HUGE = 1e-32, 1e32
 
 
 def moments_of(g, n, sign_counts: bool):
@@ -261,12 +259,33 @@ def moments_of(g, n, sign_counts: bool):
 
     mean, m2 = mean_and_m2(g)
     if g.dtype.size < 8:
-        tiny = tf.reduce_max(m2 + tf.square(mean)) < TINY
-        mean, m2 = tf.cond(tiny, lambda: mean_and_m2(tf.cast(g, tf.float64)), lambda: (mean, m2))
+        lost = _are_lost(m2 + tf.square(mean), mean)
+        mean, m2 = tf.cond(lost, lambda: mean_and_m2(tf.cast(g, tf.float64)), lambda: (mean, m2))
     if not sign_counts:
         return mean, m2
     signs = tf.sign(g)
     return mean, m2, *_counts(total(signs), total(tf.abs(signs)))
+
+
+def moments_from_sums(sums, n, centred):
+    """As `moments_of`, of sums over the examples `[2 or 4, k]`.
+
+    Args:
+      sums: of g, of g^2 and, if wanted, of the signs and of their absolute values.
+      centred: returns mean and m2 from centred gradients, where n mean^2 is so close to sum g^2
+        that their difference would lose digits, or g^2 is beyond float32.
+    """
+    total, squares, *signs = tf.unstack(tf.cast(sums, tf.float64))
+    mean = total / tf.cast(n, tf.float64)
+    m2 = squares - mean * total
+    unsafe = tf.reduce_any(m2 < CENTRED_BELOW * squares) | _are_lost(squares, total)
+    mean, m2 = tf.cond(unsafe, lambda: tuple(centred()), lambda: (mean, m2))
+    return mean, m2, *_counts(*signs)
+
+
+def _are_lost(squares, total):
+    """Whether sums of squares are too small or too large, of gradients that are not zero."""
+    return tf.reduce_any((squares < TINY) & (total != 0)) | ~(tf.reduce_max(squares) < HUGE)
 
 
 def _counts(*signs):

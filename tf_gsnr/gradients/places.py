@@ -13,7 +13,8 @@ import math
 
 import numpy as np
 
-TILE = 8  # rows and columns of a tile, at most; 8 float32 are copied in one go
+TILE = 8  # rows and columns of a tile of a matrix, at most
+TILE_OF_KERNEL = 16  # of more axes: each costs a copy of its columns at all positions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +70,8 @@ def of(shape, size: int, seed: int) -> Places:
     rng = np.random.default_rng(seed)
     *lead, columns = (1, *shape) if len(shape) == 1 else shape
     axis = 0 if len(lead) == 2 and lead[0] > lead[1] else len(lead) - 1
-    a, b = _divisor(lead[axis]), _divisor(columns)
+    most = TILE if len(lead) == 1 else TILE_OF_KERNEL
+    a, b = _divisor(lead[axis], most), _divisor(columns, most)
     sizes = [n // a if i == axis else n for i, n in enumerate(lead)]
     rows, columns = math.prod(sizes), columns // b
     t = np.arange(min(max(1, round(size / (a * b))), rows * columns))
@@ -82,5 +84,5 @@ def of(shape, size: int, seed: int) -> Places:
     return Places(shape, tiles[np.argsort(tiles[:, 0, 0])])
 
 
-def _divisor(number: int) -> int:
-    return max(d for d in range(1, TILE + 1) if number % d == 0)
+def _divisor(number: int, most: int) -> int:
+    return max(d for d in range(1, most + 1) if number % d == 0)

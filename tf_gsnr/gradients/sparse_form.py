@@ -9,7 +9,15 @@ from __future__ import annotations
 import numpy as np
 import tensorflow as tf
 
-from tf_gsnr.gradients.dense_forms import Form, product, products_of_tiles, tiles_of
+from tf_gsnr.gradients.dense_forms import (
+    Form,
+    moments_from_sums,
+    product,
+    products_of_tiles,
+    tiles_of,
+)
+
+FEW = 256  # tokens of an example, all pairs of which can be compared
 
 
 class Sparse(Form):
@@ -31,6 +39,9 @@ class Sparse(Form):
         There are as many slots s as tokens, since a shape must not depend on the ids; those left
         over have the entry -1, which sums over segments pass by.
         """
+        if self.ids.shape[1] == 1:
+            ids = tf.reshape(self.ids, [-1])
+            return tf.range(tf.size(ids, tf.int64)), ids, tf.reshape(self.dz, [-1, self.shape[1]])
         n, t = tf.shape(self.ids)[0], tf.shape(self.ids)[1]
         slots, entries = n * t, tf.cast(self.shape[0], tf.int64)
         example = tf.repeat(tf.range(n, dtype=tf.int64), t)
@@ -84,7 +95,18 @@ class Sparse(Form):
         return tf.math.unsorted_segment_sum(squares, example, tf.shape(self.ids)[0])
 
     def cheap_squares(self):
-        return tf.reduce_sum(tf.square(tf.cast(self._rows()[2], tf.float64)))
+        tokens = self.ids.shape[1]
+        if tokens is None or tokens > FEW:
+            return tf.reduce_sum(tf.square(tf.cast(self._rows()[2], tf.float64)))
+        # sum_tt' [ids[n,t] = ids[n,t']] dz[n,t] . dz[n,t'], without a search for equal ids.
+        if tokens <= 8:
+            products = tf.reduce_sum(self.dz[:, :, tf.newaxis] * self.dz[:, tf.newaxis], -1)
+        elif self.ids.shape[0] == 1:
+            products = tf.matmul(self.dz[0], self.dz[0], transpose_b=True)[tf.newaxis]
+        else:
+            products = tf.matmul(self.dz, self.dz, transpose_b=True)
+        alike = tf.equal(self.ids[:, :, tf.newaxis], self.ids[:, tf.newaxis])
+        return tf.cast(tf.reduce_sum(tf.where(alike, products, 0)), tf.float64)
 
     def sample(self, places):
         if places.whole:
@@ -108,7 +130,16 @@ class Sparse(Form):
 
     def moments_at(self, places, n, sign_counts):
         form, index = self.at(places)
-        form = Sparse(form.ids, form.dz, form.shape, tf.float64)
-        values = form.moments(tf.cast(n, tf.float64), None)
-        values += form.signs() if sign_counts else ()
-        return [tf.gather(tf.reshape(tf.cast(v, tf.float64), [-1]), index) for v in values]
+        _, entry, rows = form._rows()
+        parts = [rows, tf.square(rows)]
+        parts += [tf.sign(rows), tf.abs(tf.sign(rows))] if sign_counts else []
+        sums = form._per_entry(tf.concat(parts, 1), entry)
+        sums = tf.reshape(sums, [form.shape[0], len(parts), form.shape[1]])
+        sums = tf.reshape(tf.transpose(sums, [1, 0, 2]), [len(parts), -1])
+
+        def centred():
+            wide = Sparse(form.ids, form.dz, form.shape, tf.float64)
+            found = wide.moments(tf.cast(n, tf.float64), None)
+            return [tf.gather(tf.reshape(v, [-1]), index) for v in found]
+
+        return moments_from_sums(tf.gather(sums, index, axis=1), n, centred)

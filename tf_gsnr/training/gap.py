@@ -125,7 +125,7 @@ def _clipping(optimizer, gradients):
     sizes = [0.0 if g is None else tf.nn.l2_loss(tf.convert_to_tensor(g)) for g in gradients]
     squares = 2 * tf.stack([tf.cast(size, tf.float64) for size in sizes])
     squares = squares if optimizer.clipnorm else tf.fill(tf.shape(squares), tf.reduce_sum(squares))
-    return tf.minimum(1, most / tf.maximum(tf.sqrt(squares), 1e-30))
+    return tf.minimum(tf.ones([], tf.float64), most / tf.maximum(tf.sqrt(squares), 1e-30))
 
 
 def _inner(optimizer):

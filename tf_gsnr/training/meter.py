@@ -15,7 +15,6 @@ import numpy as np
 import tensorflow as tf
 
 from tf_gsnr import arrays, metrics
-from tf_gsnr.moments import Moments
 from tf_gsnr.training import gap
 from tf_gsnr.training.sample import Sample
 
@@ -34,7 +33,7 @@ class GSNRMeter(keras.metrics.Metric):
         S = sum_j w_j S_j,   V = sum_j w_j V_j
 
         gsnr         mean over j of r_j, parameters without variance left out
-        gsnr_median  their median (of at most 16,384 evenly spaced ones)
+        gsnr_median  their median (of a random 16,384, where there are twice as many)
         same_sign    the chance that the gradients of two examples of a step have the same sign, the
                      mean over steps and over parameters where two examples have one
         noise_scale  V / S = tr(Sigma) / |G|^2, in examples
@@ -241,9 +240,10 @@ class GSNRMeter(keras.metrics.Metric):
         if self._bias_corrected:
             told &= metrics.mean_told_from_zero(means, bound, *self._examples_and_steps())
         means = tf.where(told, means, np.nan)
-        stride = -(-self.sample.size // MEDIAN_SAMPLE) if self.sample.exact else 1
-        median = arrays.weighted_median(ratios[::stride], weights[::stride])
-        return means, tf.where(told[0], median, np.nan)
+        if self.sample.size > 2 * MEDIAN_SAMPLE:
+            some = np.random.default_rng(0).choice(self.sample.size, MEDIAN_SAMPLE, replace=False)
+            ratios, weights = tf.gather(ratios, some), tf.gather(weights, some)
+        return means, tf.where(told[0], arrays.weighted_median(ratios, weights), np.nan)
 
     @property
     def result_names(self) -> list:

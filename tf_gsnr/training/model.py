@@ -60,10 +60,10 @@ def GSNRModel(  # noqa: N802 (one line of a script, in the place of a class)
     is added up over the steps is in `GSNRMeter`.
 
     Of a large model a sample of its parameters is measured, the same at every step, with every
-    variable in proportion: what is a mean or a median over parameters needs no more. It is off by
-    about 1 / 30 of its value at the default size. The sums in `noise_scale` and `osgr` are exact for
-    dense layers, tables, and what is small; of convolutions, and of layers that act at many
-    positions, they are made up from the sample too, and off by about 1 / 20.
+    variable in proportion: what is a mean or a median over parameters needs no more. At the default
+    size a GSNR is off by about 1 / 20 of its value. The sums in `noise_scale` and `osgr` are exact
+    for dense layers, tables and what is small; of convolutions, and of layers that act at many
+    positions, they are made up from the sample too, and off by about 1 / 15.
 
     The optimiser is given the gradient that Keras gives it. The sum of what is measured is compared
     with it, variable by variable, everywhere on the first batch and at the sampled parameters

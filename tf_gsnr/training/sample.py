@@ -14,7 +14,7 @@ import tensorflow as tf
 from tf_gsnr import arrays
 from tf_gsnr.gradients import forms, places
 
-SIZE = 2**14  # parameters in a sample, unless told otherwise
+SIZE = 2**13  # parameters in a sample, unless told otherwise
 LEAST, LEAST_OF_LAYERS = 64, 512  # of a variable, if it has as many; where layers are shown
 
 
@@ -61,11 +61,11 @@ class Sample:
 
     def sums(self, values):
         """The sums over each variable's sampled parameters; `[k, ...]` to `[v, ...]`."""
-        return tf.math.segment_sum(values, self.owner)
+        return tf.math.unsorted_segment_sum(values, self.owner, len(self.places))
 
     def largest(self, values):
         """The largest of each variable's."""
-        return tf.math.segment_max(values, self.owner)
+        return tf.math.unsorted_segment_max(values, self.owner, len(self.places))
 
 
 def table(slices, shape) -> forms.Sparse:

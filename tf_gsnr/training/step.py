@@ -9,8 +9,8 @@ differ on the next, where a variable is used outside its layer now and then. At 
 the two are compared at the parameters that are measured, and in the first step everywhere; a
 variable for which they differ is not measured.
 
-Index letters: n example, k sampled parameter, v variable, B the global batch size, R replicas, S the
-factor by which mixed precision scales the loss.
+Index letters: n example, k sampled parameter, v variable, B the global batch size, S the factor by
+which mixed precision scales the loss.
 """
 
 from __future__ import annotations
@@ -178,10 +178,11 @@ def _of_sample(sample, forms, n, sign_counts, variables, scales):
         if found[v] is None:
             matrices.append((form, there))
             columns.append(v)
+    dtype = tf.float64 if any(f.dtype == tf.float64 for f in forms) else tf.float32
     parts = []
     for group in _groups(matrices, n):
         with tf.control_dependencies(tf.nest.flatten(parts[-1:])):
-            each = [_of_each(*one) for one in group]
+            each = [tf.cast(form.sample(there), dtype) for form, there in group]
             parts.append(moments_of(concatenated(each, 1), n, sign_counts))
     if parts:
         sizes = [there.size for _, there in matrices]
@@ -204,11 +205,6 @@ def _groups(pairs, n):
             size = there.size * examples * 8
         groups[-1].append((form, there))
     return groups
-
-
-def _of_each(form, there):
-    g = form.sample(there)
-    return tf.ensure_shape(g if g.dtype.size >= 4 else tf.cast(g, tf.float32), [None, there.size])
 
 
 def _of_all(sample, forms, n, sign_counts, variables, scales):
@@ -235,14 +231,20 @@ def _totals(sample, forms, ordinary, n):
         if squares is None:
             found.append(tf.stack([nothing, nothing]))
             continue
-        if isinstance(gradient, tf.IndexedSlices):
+        if isinstance(gradient, tf.IndexedSlices) and _are_few(gradient, there.shape):
             whole = table(gradient, there.shape).cheap_squares()
         else:
-            whole = tf.cast(2 * tf.nn.l2_loss(gradient), tf.float64)
+            whole = tf.cast(2 * tf.nn.l2_loss(tf.convert_to_tensor(gradient)), tf.float64)
         m2 = squares - whole / n
         clear = (m2 > CANCELS_BELOW * squares) & (tf.minimum(squares, whole) > UNDERFLOWS_BELOW)
         found.append(tf.where(clear, tf.stack([whole / n**2, m2]), nothing))
     return tf.stack(found, 1)
+
+
+def _are_few(slices, shape):
+    """Whether so few rows of the table have a gradient that they are not to be made dense."""
+    rows = slices.indices.shape.num_elements()
+    return rows is not None and 4 * rows < shape[0]
 
 
 def _is_precise(model):
