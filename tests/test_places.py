@@ -69,6 +69,12 @@ FORMS = {
     "grouped": lambda: kernel(3, 3, 4, 16, groups=2),
     "depthwise": lambda: kernel(3, 3, 16, 1, depthwise=True),
     "depthwise, multiplied": lambda: kernel(3, 3, 6, 4, depthwise=True),
+    "tied": lambda: forms.Tied(
+        forms.Sparse(
+            tf.constant(RNG.integers(0, 30, [4, 6])), normal(4, 6, 16), (30, 16), "float64"
+        ),
+        forms.Outer(normal(4, 5, 30), normal(4, 5, 16), (30, 16), "float64"),
+    ),
     "table": lambda: forms.Sparse(
         tf.constant(RNG.integers(0, 30, [4, 6])), normal(4, 6, 16), (30, 16), "float64"
     ),
@@ -86,6 +92,7 @@ def test_forms(name, small, monkeypatch):
     for size in (1, 20, 100, 10**6):
         there = places.of(form.shape, size, 1)
         np.testing.assert_allclose(form.sample(there), whole[:, there.flat], rtol=1e-10, atol=1e-12)
+    np.testing.assert_allclose(form.total(), whole.sum(0).reshape(form.shape), rtol=1e-9, atol=1e-9)
     squares = form.cheap_squares()
     if squares is not None:
         np.testing.assert_allclose(squares, np.sum(whole**2), rtol=1e-12)

@@ -132,6 +132,20 @@ def _shared_convolution(rng):
     return model, rng.normal(size=(4, 8, 8, 2)), rng.normal(size=(4, 2))
 
 
+def _tied_embedding(**options):
+    """A language model: its table is looked up twice and multiplied with."""
+
+    def make(rng):
+        ids = keras.Input((5,), dtype="int32")
+        table = L.ReversibleEmbedding(9, 4, **options)
+        first, second = table(ids), table((ids + 2) % 9)
+        logits = table(L.Dense(4, activation="tanh")(first * second), reverse=True)
+        model = keras.Model(ids, logits)
+        return model, rng.integers(0, 9, size=(6, 5)), rng.normal(size=(6, 5, 9))
+
+    return make
+
+
 def _shared_embedding(rng):
     a, b = keras.Input([3], dtype="int32"), keras.Input([4], dtype="int32")
     table = L.Embedding(7, 3)
@@ -317,6 +331,9 @@ ZOO = {
     "shared": _shared,
     "shared_convolution": _shared_convolution,
     "shared_embedding": _shared_embedding,
+    "tied_embedding": _tied_embedding(),
+    "tied_embedding_capped": _tied_embedding(logit_soft_cap=2.0),
+    "reversed_embedding_of_its_own": _tied_embedding(tie_weights=False),
     "nested": _nested,
     "frozen_layers": _frozen_layers,
     "stopped_gradient": _stopped_gradient,

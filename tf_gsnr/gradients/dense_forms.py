@@ -139,16 +139,24 @@ class Outer(Form):
         return tf.cast(function(), self.dtype)
 
     def blocks(self):
+        return [block for block, _, _ in self.ranges()]
+
+    def ranges(self):
+        """`[(block, start, stop), ...]`: blocks, and the inputs of which they are the gradients."""
         n = self.dz.shape[0] or UNKNOWN_BATCH
         outputs = self.dz.shape[-1]
-        blocks = []
-        for function in self.columns:
-            width = product(self.shape) // outputs // len(self.columns)
-            step = max(1, BLOCK_BYTES // (n * outputs * self.dtype.size))
-            step = -(-width // -(-width // step))  # blocks of about one size
-            for start in range(0, width, step):
-                blocks.append(self._block(function, start, min(start + step, width), width))
-        return blocks
+        width = product(self.shape) // outputs // len(self.columns)
+        step = max(1, BLOCK_BYTES // (n * outputs * self.dtype.size))
+        step = -(-width // -(-width // step))  # blocks of about one size
+        return [
+            (
+                self._block(f, start, min(start + step, width), width),
+                start,
+                min(start + step, width),
+            )
+            for f in self.columns
+            for start in range(0, width, step)
+        ]
 
     def _block(self, function, start, stop, width):
         def block():

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import tensorflow as tf
 
 from tf_gsnr.gradients.dense_forms import Form, Outer, Rows, product
-from tf_gsnr.gradients.sparse_form import Sparse
+from tf_gsnr.gradients.sparse_form import Sparse, Tied
 
 
 def per_example(call, values, keep_fold: bool = False):
@@ -64,14 +64,18 @@ def add(forms: Sequence[Form]) -> Form:
     first = forms[0]
     if len(forms) == 1:
         return first
-    if all(isinstance(f, Sparse) for f in forms):
+    tables = [f for f in forms if isinstance(f, Sparse)]
+    products = [f for f in forms if isinstance(f, Outer) and len(f.columns) == 1]
+    if tables and products and len(tables) + len(products) == len(forms):
+        return Tied(add(tables), add(products))
+    if len(tables) == len(forms):
         return Sparse(
             tf.concat([f.ids for f in forms], 1),
             tf.concat([f.dz for f in forms], 1),
             first.shape,
             first.dtype,
         )
-    if all(isinstance(f, Outer) and len(f.columns) == 1 for f in forms):
+    if len(products) == len(forms):
         x = [_positions(f.column(f.columns[0])) for f in forms]
         dz = [_positions(f.dz) for f in forms]
         return Outer(tf.concat(x, 1), tf.concat(dz, 1), first.shape, first.dtype)

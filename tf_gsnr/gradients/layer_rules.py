@@ -94,6 +94,30 @@ def embedding(call):
     return [(layer.embeddings, forms.sparse(call, ids, call.dz, layer.embeddings))]
 
 
+def reversible_embedding(call):
+    """A table that is looked up, or multiplied with; both add up where they are tied.
+
+    `G[n,v,o] = sum_t dz[n,t,v] x[n,t,o]` in reverse, dz being that of the logits before a soft cap.
+    """
+    layer = call.layer
+    reverse = call.kwargs.get("reverse", call.args[1] if len(call.args) > 1 else False)
+    if _is_adapted(layer) or not isinstance(reverse, bool):
+        return None
+    if not reverse:
+        return embedding(call)
+    x, dz = call.x, call.dz
+    cap = layer.logit_soft_cap
+    if cap is not None:
+        dz *= 1 - tf.square(tf.cast(call.output, dz.dtype) / cap)
+    if layer.tie_weights:
+        return [(layer.embeddings, forms.outer(call, dz, x, layer.embeddings))]
+    return [(layer.reverse_embeddings, forms.outer(call, x, dz, layer.reverse_embeddings))]
+
+
+if hasattr(layers, "ReversibleEmbedding"):  # not in the oldest releases of Keras 3
+    register_rule(layers.ReversibleEmbedding)(reversible_embedding)
+
+
 @register_rule(layers.LayerNormalization)
 @register_rule(layers.RMSNormalization)
 @register_rule(layers.GroupNormalization)

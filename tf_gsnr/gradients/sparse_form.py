@@ -11,6 +11,7 @@ import tensorflow as tf
 
 from tf_gsnr.gradients.dense_forms import (
     Form,
+    Outer,
     moments_from_sums,
     product,
     products_of_tiles,
@@ -70,6 +71,16 @@ class Sparse(Form):
 
     def blocks(self):
         return [lambda: tf.reshape(self.materialise(), [-1, product(self.shape)])]
+
+    def of_entries(self, start, stop):
+        """`[n, (stop - start) o]`: the gradients of some entries."""
+        n, width = tf.shape(self.ids, tf.int64)[0], stop - start
+        inside = (self.ids >= start) & (self.ids < stop)
+        place = tf.range(n)[:, tf.newaxis] * width + self.ids - start
+        place = tf.reshape(tf.where(inside, place, -tf.ones_like(place)), [-1])
+        rows = tf.reshape(self.dz, [-1, self.shape[1]])
+        g = tf.math.unsorted_segment_sum(rows, place, n * width)
+        return tf.reshape(g, [-1, width * self.shape[1]])
 
     def total(self):
         return self._per_entry(tf.reshape(self.dz, [-1, self.shape[1]]), tf.reshape(self.ids, [-1]))
@@ -143,3 +154,28 @@ class Sparse(Form):
             return [tf.gather(tf.reshape(v, [-1]), index) for v in found]
 
         return moments_from_sums(tf.gather(sums, index, axis=1), n, centred)
+
+
+class Tied(Form):
+    """A table that is looked up and multiplied with: the sum of both, before it is squared.
+
+    Args:
+      looked_up: its gradients as rows.
+      product: its gradients as a matrix product, entries by width.
+    """
+
+    def __init__(self, looked_up: Sparse, product: Outer):
+        self.looked_up, self.product = looked_up, product
+        self.shape, self.dtype = product.shape, product.dtype
+
+    def blocks(self):
+        def sum_of(block, start, stop):
+            return lambda: block() + self.looked_up.of_entries(start, stop)
+
+        return [sum_of(*block) for block in self.product.ranges()]
+
+    def total(self):
+        return self.looked_up.total() + self.product.total()
+
+    def sample(self, places):
+        return self.looked_up.sample(places) + self.product.sample(places)

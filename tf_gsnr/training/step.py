@@ -267,13 +267,11 @@ def _compared(model, sample, forms, ordinary, mean, m2, n, first):
         theirs = sample.take(gradients) / count
         sizes = [sample.largest(tf.abs(v)) for v in (mean - theirs, theirs, mean)]
         if totals:
-            whole = [[tf.zeros([], tf.float64)] * 3 for _ in variables]
-            for i, ours in totals.items():
-                ours, theirs = (
-                    0.0 if v is None else tf.cast(tf.convert_to_tensor(v), tf.float64) / count
-                    for v in (ours, gradients[i])
-                )
-                whole[i] = [tf.reduce_max(tf.abs(v)) for v in (ours - theirs, theirs, ours)]
+            zeros = [tf.zeros([], tf.float64)] * 3
+            whole = [
+                _largest(totals[i], g, count) if i in totals and g is not None else zeros
+                for i, g in enumerate(gradients)
+            ]
             sizes = [tf.maximum(*pair) for pair in zip(sizes, map(tf.stack, zip(*whole)))]
         return conservation.judged(variables, precision, *sizes, variances)
 
@@ -289,6 +287,13 @@ def _compared(model, sample, forms, ordinary, mean, m2, n, first):
         without = status_of(without)
         status = tf.where(tf.equal(without, conservation.AGREES), without, status)
     return status
+
+
+def _largest(ours, theirs, count):
+    """Of the difference, of theirs and of ours the largest entry, float64, by one example."""
+    theirs = tf.cast(tf.convert_to_tensor(theirs), ours.dtype)
+    ends = [(tf.reduce_max(v), -tf.reduce_min(v)) for v in (ours - theirs, theirs, ours)]
+    return [tf.cast(tf.maximum(*pair), tf.float64) / count for pair in ends]
 
 
 def _penalty_gradient(model, variable):
