@@ -87,6 +87,7 @@ def test_forms(name, small, monkeypatch):
     """What is sampled are entries of what is materialised."""
     if small:
         monkeypatch.setattr(dense_forms, "BLOCK_BYTES", 1000)
+        monkeypatch.setattr(convolution, "PRODUCTS_PER_COPY", 1e-3)
     form = FORMS[name]()
     whole = form.materialise().numpy().reshape(4, -1)
     for size in (1, 20, 100, 10**6):

@@ -184,6 +184,9 @@ def depthwise_kernel_gradients(x, dz, kernel, strides, dilations, pads):
     return tf.reshape(tf.stack(gradient, axis=1), [-1, *kernel])
 
 
+PRODUCTS_PER_COPY = 20  # what a product makes of numbers in the time in which one is copied
+
+
 class Kernel(forms.Form):
     """The gradients of a convolution's kernel; arguments as `kernel_gradients`.
 
@@ -226,7 +229,10 @@ class Kernel(forms.Form):
         if product is None or not (self.depthwise or self.x.shape[-1] == channels):
             return super().sample(places)
         position, rows = np.divmod(product[0], channels)
-        if (position != position[:, :1]).any():
+        m, a, b = places.tiles.shape
+        unfolded = math.prod(self.shape[:-1])
+        all_of_it = unfolded + filters + unfolded * filters / PRODUCTS_PER_COPY
+        if (position != position[:, :1]).any() or 2 * m * (a + b) > all_of_it:
             return super().sample(places)
         x = tf.cast(self.x, self.dtype)
         if any(map(any, self.pads)):
@@ -245,7 +251,6 @@ class Kernel(forms.Form):
             seen.append(x[(slice(None), slice(None), *window, slice(of_k[0], of_k[-1] + 1))])
         x = dense_forms.concatenated(seen, -2)
         dz = tf.cast(self.dz, self.dtype)
-        m, a, b = places.tiles.shape
         count = math.prod(self.dz.shape[1 : 2 + len(spatial)])
         x = tf.reshape(x, [-1, count, m, a])
         if self.depthwise:
