@@ -97,3 +97,30 @@ def test_forms(name, small, monkeypatch):
     squares = form.cheap_squares()
     if squares is not None:
         np.testing.assert_allclose(squares, np.sum(whole**2), rtol=1e-12)
+
+
+@pytest.mark.parametrize("signs", [True, False])
+@pytest.mark.parametrize("size", [1100, 3000, 10**6])
+@pytest.mark.parametrize("alike", [False, True])
+@pytest.mark.parametrize("name", ["dense", "table", "table of one"])
+def test_moments_at(name, alike, size, signs):
+    """Without the gradients of examples: as from them; where they are almost alike as well."""
+    rng = np.random.default_rng(0)
+    if name == "dense":
+        x, dz = (
+            1 + 1e-4 * rng.normal(size=[6, k]) if alike else rng.normal(size=[6, k])
+            for k in (60, 90)
+        )
+        x = np.where(rng.random(x.shape) < 0.2, 0, x) if not alike else x
+        form = dense_forms.Outer(tf.constant(x), tf.constant(dz), (60, 90), "float64")
+    else:
+        t = 1 if name == "table of one" else 5
+        ids = rng.integers(0, 1 if alike else 90, [6, t])
+        dz = rng.normal(size=[6, t, 48]) * (1e-4 if alike else 1) + (1 if alike else 0)
+        form = forms.Sparse(tf.constant(ids), tf.constant(dz), (90, 48), "float64")
+    there = places.of(form.shape, size, 1)
+    wanted = dense_forms.moments_of(form.sample(there), 6, signs)
+    found = form.moments_at(there, 6, signs)
+    assert len(found) == len(wanted) == (4 if signs else 2)
+    for a, b in zip(found, wanted):
+        np.testing.assert_allclose(a, b, rtol=1e-7, atol=1e-14)

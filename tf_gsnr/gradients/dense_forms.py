@@ -232,24 +232,35 @@ class Outer(Form):
         return products_of_tiles(tiles_of(x, product[0]), tiles_of(self.dz, product[1]))
 
     def moments_at(self, places, n, sign_counts):
-        """Each tile is a small `Outer`: the products of the whole in small."""
-        product = None if places.whole else places.product(self.dz.shape[-1])
-        if not self.factored or places.size < FEW or product is None or len(self.columns) > 1:
+        """By products of the factors, and of their squares and signs: of tiles, or of all."""
+        if not self.factored or places.size < FEW or len(self.columns) > 1:
             return None
-        x, dz = (
-            tf.transpose(tiles_of(v, index), [1, 0, 2])  # m n a
-            for v, index in zip((self.column(self.columns[0]), self.dz), product)
-        )
+        x, dz = self.column(self.columns[0]), self.dz
+        tiles = None if places.whole else places.product(dz.shape[-1])
+        if tiles is not None and MANY * places.size < product(self.shape):
+            # Each tile is a small `Outer`: m n a.
+            x, dz = (
+                tf.transpose(tiles_of(v, index), [1, 0, 2]) for v, index in zip((x, dz), tiles)
+            )
+            index = None
+        else:
+            index = None if places.whole else places.flat
 
-        def factors(v):
-            signs = [tf.sign(v), tf.abs(tf.sign(v))] if sign_counts else []
-            return tf.stack([v, tf.square(v), *signs])
+        def products(fn):
+            return tf.reshape(tf.matmul(fn(x), fn(dz), transpose_a=True), [-1])
 
-        sums = tf.matmul(factors(x), factors(dz), transpose_a=True)
-        sums = tf.reshape(sums, [-1, places.size])
+        kinds = [tf.identity, tf.square]
+        kinds += [tf.sign, lambda v: tf.abs(tf.sign(v))] if sign_counts else []
+        if x.shape.rank == 3:
+            x, dz = (tf.stack([fn(v) for fn in kinds]) for v in (x, dz))
+            sums = tf.reshape(tf.matmul(x, dz, transpose_a=True), [-1, places.size])
+        else:
+            sums = tf.stack([products(fn) for fn in kinds])
+        sums = sums if index is None else tf.gather(sums, index, axis=1)
         return moments_from_sums(sums, n, lambda: moments_of(self.sample(places), n, False))
 
 
+MANY = 4  # times the sampled places: of so few in all, whole products take less than tiles
 FEW = 1024  # places, at which one matrix for all variables takes fewer operations
 # Sums of squares beyond which float32 has lost some of them.
 TINY, HUGE = 1e-32, 1e32
