@@ -58,6 +58,16 @@ class Form:
 
         return self._assemble(one)
 
+    def sums(self, sign_counts: bool):
+        """`(sum_n G, sum_n G^2)`; if wanted also `n+ - n-` and `n+ + n-`, as floats."""
+
+        def one(g):
+            values = [g, tf.square(g)]
+            values += [tf.sign(g), tf.abs(tf.sign(g))] if sign_counts else []
+            return tuple(total_of(v) for v in values)
+
+        return self._assemble(one)
+
     def signs(self):
         """`(n+, n-)`, int64: how many examples have `G > 0` and `G < 0`."""
         return self._assemble(
@@ -203,14 +213,23 @@ class Outer(Form):
         m2 = tf.ensure_shape(m2, [x.shape[-1], dz.shape[-1]])
         return tf.reshape(mean, self.shape), tf.reshape(m2, self.shape)
 
+    def sums(self, sign_counts):
+        if not self.factored:
+            return super().sums(sign_counts)
+        x, dz = self._flat()
+        kinds = [tf.identity, tf.square]
+        kinds += [tf.sign, lambda v: tf.abs(tf.sign(v))] if sign_counts else []
+        products = [tf.matmul(fn(x), fn(dz), transpose_a=True) for fn in kinds]
+        return tuple(tf.reshape(p, self.shape) for p in products)
+
     def signs(self):
         if not self.factored:
             return super().signs()
         x, dz = self._flat()
-        up = tf.cast(tf.concat([x > 0, x < 0], 0), self.dtype)
-        positive = tf.cast(tf.concat([dz > 0, dz < 0], 0), self.dtype)
-        negative = tf.cast(tf.concat([dz < 0, dz > 0], 0), self.dtype)
-        counts = [tf.matmul(up, side, transpose_a=True) for side in (positive, negative)]
+        x, dz = tf.sign(x), tf.sign(dz)
+        difference = tf.matmul(x, dz, transpose_a=True)  # n+ - n-
+        there = tf.matmul(tf.abs(x), tf.abs(dz), transpose_a=True)  # n+ + n-
+        counts = (there + difference) / 2, (there - difference) / 2
         return tuple(tf.reshape(tf.cast(c, tf.int64), self.shape) for c in counts)
 
     def square_norms(self):
@@ -266,15 +285,17 @@ FEW = 1024  # places, at which one matrix for all variables takes fewer operatio
 TINY, HUGE = 1e-32, 1e32
 
 
+def total_of(values):
+    """`sum_n values[n, k]`: a product with ones is the fastest sum over examples."""
+    return tf.matmul(tf.ones([1, tf.shape(values)[0]], values.dtype), values)[0]
+
+
 def moments_of(g, n, sign_counts: bool):
     """Of `g [n, k]`: mean, m2 and, if wanted, n+ and n-, float64 `[k]` each."""
 
-    def total(values):  # a product with ones is the fastest sum over examples
-        return tf.matmul(tf.ones([1, n], values.dtype), values)[0]
-
     def mean_and_m2(g):
-        mean = total(g) / tf.cast(n, g.dtype)
-        return tf.cast(mean, tf.float64), tf.cast(total(tf.square(g - mean)), tf.float64)
+        mean = total_of(g) / tf.cast(n, g.dtype)
+        return tf.cast(mean, tf.float64), tf.cast(total_of(tf.square(g - mean)), tf.float64)
 
     mean, m2 = mean_and_m2(g)
     if g.dtype.size < 8:
@@ -283,7 +304,7 @@ def moments_of(g, n, sign_counts: bool):
     if not sign_counts:
         return mean, m2
     signs = tf.sign(g)
-    return mean, m2, *_counts(total(signs), total(tf.abs(signs)))
+    return mean, m2, *_counts(total_of(signs), total_of(tf.abs(signs)))
 
 
 def moments_from_sums(sums, n, centred):

@@ -26,6 +26,7 @@ from tf_gsnr.gradients import (
     recurrent,
     rules,
 )
+from tf_gsnr.gradients.sums import Sums
 from tf_gsnr.moments import Moments
 
 assert layer_rules  # importing it registers Keras's layers
@@ -40,6 +41,7 @@ def build(
     batch_norm: str = "frozen",
     contributions: bool = False,
     wide: bool = False,
+    summed: bool = False,
 ) -> Callable:
     """Returns `measure` as `gradients.contract` defines it.
 
@@ -47,6 +49,7 @@ def build(
       contributions: differentiate the loss of the whole batch, times its number of examples,
         instead of the sum of the losses of each example alone; see `gradient_moments`.
       wide: whether gradients are scaled before they are squared, and moments are float64.
+      summed: whether `measure` answers with `sums.Sums` in the place of moments.
 
     Raises:
       conservation.NotConserved: (by `measure`) a variable acts outside the `call` of its layer, or
@@ -74,14 +77,18 @@ def build(
             scales = unit_scales(found.calls) if wide else {}
             if wide:
                 by_variable = forms_of(found.calls, scales=scales)
-        mean, m2, up, down = combined(model.trainable_variables, by_variable, n, valid, sign_counts)
+        variables = model.trainable_variables
+        count, loss_mean = _mean_loss(each, valid)
+        if summed:
+            found = [_form(by_variable, v).sums(sign_counts) for v in variables]
+            lists = [list(values) for values in zip(*found)] + [[], []]
+            total = loss_mean * tf.cast(count, tf.float64)
+            return contract.Measured(each, Sums(count, total, *lists[:4]))
+        mean, m2, up, down = combined(variables, by_variable, n, valid, sign_counts)
         if wide:
-            powers = [
-                tf.cast(scales.get(id(v), 1.0), tf.float64) for v in model.trainable_variables
-            ]
+            powers = [tf.cast(scales.get(id(v), 1.0), tf.float64) for v in variables]
             mean = [tf.cast(v, tf.float64) / s for v, s in zip(mean, powers)]
             m2 = [tf.cast(v, tf.float64) / s / s for v, s in zip(m2, powers)]
-        count, loss_mean = _mean_loss(each, valid)
         return contract.Measured(each, Moments(count, loss_mean, mean, m2, up, down))
 
     return measure
@@ -307,7 +314,7 @@ def combined(variables, by_variable, n, valid, sign_counts, scales=None) -> tupl
     counts = {v.dtype: tf.cast(tf.maximum(count, 1), v.dtype) for v in variables}
     masks = {v.dtype: None if valid is None else tf.cast(valid, v.dtype) for v in variables}
     for variable in variables:
-        form = by_variable.get(id(variable)) or Nothing(variable)
+        form = _form(by_variable, variable)
         one_mean, one_m2 = form.moments(counts[variable.dtype], masks[variable.dtype])
         mean.append(one_mean)
         m2.append(one_m2)
@@ -316,6 +323,10 @@ def combined(variables, by_variable, n, valid, sign_counts, scales=None) -> tupl
             positives.append(up)
             negatives.append(down)
     return mean, m2, positives, negatives
+
+
+def _form(by_variable, variable):
+    return by_variable.get(id(variable)) or Nothing(variable)
 
 
 def _mean_loss(losses: Sequence, valid):
@@ -339,6 +350,9 @@ class Nothing(forms.Form):
 
     def moments(self, count, valid):
         return self.total(), self.total()
+
+    def sums(self, sign_counts):
+        return (self.total(),) * (4 if sign_counts else 2)
 
     def signs(self):
         return tf.zeros(self.shape, tf.int64), tf.zeros(self.shape, tf.int64)

@@ -100,6 +100,14 @@ class Sparse(Form):
             self._per_entry(tf.cast(side, tf.int64), entry) for side in (rows > 0, rows < 0)
         )
 
+    def sums(self, sign_counts):
+        """As `tf.IndexedSlices`, of the entries that were looked up."""
+        _, entry, rows = self._rows()
+        entry = tf.maximum(entry, 0)  # what is left over are zeros
+        values = [rows, tf.square(rows)]
+        values += [tf.sign(rows), tf.abs(tf.sign(rows))] if sign_counts else []
+        return tuple(tf.IndexedSlices(v, entry, self.shape) for v in values)
+
     def square_norms(self):
         example, _, rows = self._rows()
         squares = tf.reduce_sum(tf.square(rows), 1)  # zero where the slot is left over

@@ -13,6 +13,7 @@ from typing import Any
 import keras
 import numpy as np
 import tensorflow as tf
+from absl import logging
 
 from tf_gsnr.gradients import (
     conservation,
@@ -22,6 +23,7 @@ from tf_gsnr.gradients import (
     examples,
     losses,
 )
+from tf_gsnr.gradients.sums import Sums
 from tf_gsnr.moments import Moments
 
 _ENTRIES = weakref.WeakKeyDictionary()  # model -> {options: _Entry}: a step is traced once
@@ -32,7 +34,7 @@ class _Entry:
     """What is known of a model under certain options.
 
     Attributes:
-      step: traced, by whether moments are wide.
+      step: traced, by whether moments are wide, on replicas, and added up.
       loss, strategy: kept, or their ids could become another's.
       pending: the variables that are still to be compared with their ordinary gradient.
       unfit: whether this engine was found not to measure the model right.
@@ -76,9 +78,28 @@ class Stream:
         self.given_loss = loss
         self.loss = losses.of_batch(model, loss)
 
-    def all(self, batches):
-        """`(moments, first example that is not finite or -1)`."""
-        state = None
+    def all(self, data, again: bool):
+        """`(moments, first example that is not finite or -1)`.
+
+        Args:
+          data: returns the micro-batches.
+          again: whether it may be asked for them twice.
+        """
+        moments, bad, exact = self._all(data(), self._adds_up() and again)
+        if exact:
+            return moments, bad
+        logging.debug("model %r: sums cancel, measured once more by merging", self.model.name)
+        return self._all(data(), False)[:2]
+
+    def _adds_up(self) -> bool:
+        """Whether this engine adds up sums where it can, and merges moments where it must."""
+        if self.engine != "layerwise" or self.strategy is not None or self.dtype is not None:
+            return False
+        return all(v.dtype in ("float32", "float64") for v in self.model.trainable_variables)
+
+    def _all(self, batches, summed):
+        """`(moments, bad, whether no digits were lost)`."""
+        state, added = None, False
         batches = iter(batches)
         for index, batch in enumerate(batches):
             if state is None or self.entry.pending:
@@ -86,8 +107,10 @@ class Stream:
                 state = found if state is None else _merged(state, found)
                 if self.strategy is not None:
                     break
-            else:
-                state = self._one(self._step(), *state, index, batch)
+                continue
+            if summed and not added and not self.entry.wide:
+                state, added = (Sums.of(state[0]), state[1]), True
+            state = self._one(self._step(summed=added), *state, index, batch)
         if state is None:
             raise ValueError("x has no examples; expected at least one")
         if self.strategy is not None:
@@ -95,7 +118,10 @@ class Stream:
                 self.strategy, self._step(), self._empty(), self.seed, batches, start=1
             )
             state = _merged(state, rest)
-        return state
+        if not added:
+            return *state, True
+        moments, exact = state[0].moments()
+        return moments, state[1], bool(exact)
 
     def _empty(self):
         dtype = "float64" if self.entry.wide else self.dtype
@@ -224,20 +250,22 @@ class Stream:
             if found == conservation.AGREES or nothing:
                 self.entry.pending.discard(j)
 
-    def _step(self, single=False):
+    def _step(self, single=False, summed=False):
         """A traced `(moments, bad, index, seed, x, y, weight, valid) -> (moments, bad)`.
 
         It holds the model by a weak reference only, so that the cache keeps no model alive.
         """
         wide = self.entry.wide
         replicated = self.strategy is not None and not single
-        if (wide, replicated) in self.entry.step:
-            return self.entry.step[wide, replicated]
+        key = wide, replicated, summed
+        if key in self.entry.step:
+            return self.entry.step[key]
         reference = weakref.ref(self.model)
         measure = self.build(
             weakref.proxy(self.model),
             losses.of_batch(weakref.proxy(self.model), self.given_loss),
             wide=wide,
+            **({"summed": True} if summed else {}),
             **self.options,
         )
         dtype = "float64" if wide else self.dtype
@@ -249,12 +277,14 @@ class Stream:
             wrong = valid & ~tf.math.is_finite(found.losses)
             here = index * tf.size(valid, tf.int64) + tf.argmax(wrong, output_type=tf.int64)
             bad = tf.where((bad < 0) & tf.reduce_any(wrong), here, bad)
+            if summed:
+                return total.plus(found.moments), bad
             moments = found.moments if dtype is None else found.moments.astype(dtype)
             return total.merge(moments), bad
 
         if replicated:
             step = distributed.replicated(self.strategy, step)
-        self.entry.step[wide, replicated] = step
+        self.entry.step[key] = step
         return step
 
 

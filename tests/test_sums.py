@@ -1,0 +1,96 @@
+"""Micro-batches added up rather than merged: the same moments, measured again where digits go."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import tf_gsnr
+from tf_gsnr import Moments
+from tf_gsnr.gradients import dense_forms, forms, stream
+from tf_gsnr.gradients.sums import Sums
+
+RNG = np.random.default_rng(0)
+L = keras.layers
+FORMS = {
+    "dense": lambda: dense_forms.Outer(
+        tf.constant(RNG.normal(size=[6, 4])),
+        tf.constant(RNG.normal(size=[6, 5])),
+        (4, 5),
+        "float64",
+    ),
+    "positions": lambda: dense_forms.Outer(
+        tf.constant(RNG.normal(size=[6, 3, 4])),
+        tf.constant(RNG.normal(size=[6, 3, 5])),
+        (4, 5),
+        "float64",
+    ),
+    "rows": lambda: dense_forms.Rows(tf.constant(RNG.normal(size=[6, 4, 5])), (4, 5), "float64"),
+    "table": lambda: forms.Sparse(
+        tf.constant(RNG.integers(0, 4, [6, 3])),
+        tf.constant(RNG.normal(size=[6, 3, 5])),
+        (4, 5),
+        "float64",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_sums_of_forms(name):
+    form = FORMS[name]()
+    g = form.materialise().numpy()
+    wanted = [g.sum(0), (g**2).sum(0), np.sign(g).sum(0), np.abs(np.sign(g)).sum(0)]
+    for found, value in zip(form.sums(True), wanted, strict=True):
+        np.testing.assert_allclose(tf.convert_to_tensor(found), value, atol=1e-12)
+    assert len(form.sums(False)) == 2
+
+
+def test_there_and_back():
+    g = [RNG.normal(size=[7, 3, 2]), RNG.normal(size=[7, 4])]
+    losses = RNG.normal(size=7)
+    parts = [
+        Moments.of([v[s] for v in g], losses[s], sign_counts=True)
+        for s in (slice(0, 3), slice(3, 7))
+    ]
+    total = Sums.of(parts[0]).plus(Sums.of(parts[1]))
+    moments, exact = total.moments()
+    assert bool(exact)
+    whole = Moments.of(g, losses, sign_counts=True)
+    for a, b in zip(tf.nest.flatten(moments), tf.nest.flatten(whole), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-10)
+
+
+def models():
+    dense = [keras.Input([6]), L.Dense(5, "relu"), L.Dense(3)]
+    table = [keras.Input([6], dtype="int32"), L.Embedding(20, 4), L.Flatten(), L.Dense(3)]
+    images = [keras.Input([6]), L.Reshape([3, 2, 1]), L.Conv2D(4, 2, padding="same")]
+    images += [L.LayerNormalization(), L.Flatten(), L.Dense(3)]
+    return {"dense": dense, "table": table, "images": images}
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e4])
+@pytest.mark.parametrize("name", ["dense", "table", "images"])
+def test_against_one_batch(name, offset, monkeypatch):
+    """Targets far away make all gradients alike: sum g^2 and n mean^2 agree to many digits."""
+    merged = []
+    run = stream.Stream._all
+    monkeypatch.setattr(
+        stream.Stream, "_all", lambda self, b, s: merged.append(s) or run(self, b, s)
+    )
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential(models()[name])
+    rng = np.random.default_rng(1)
+    x = rng.integers(0, 20, [50, 6]) if name == "table" else rng.normal(size=[50, 6])
+    y = rng.normal(size=[50, 3]) + offset
+    found = tf_gsnr.gradient_moments(model, x, y, "mse", batch_size=8, sign_counts=True)
+    assert merged == ([True, False] if offset else merged[:1])
+    wanted = tf_gsnr.gradient_moments(
+        model, x, y, "mse", batch_size=50, sign_counts=True, engine="vectorized", dtype="float64"
+    )
+    for a, b in zip(found.mean, wanted.mean):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * np.abs(b).max())
+    for a, b in zip(found.m2, wanted.m2):
+        np.testing.assert_allclose(a, b, rtol=2e-3 if offset else 1e-4, atol=1e-5 * np.max(b))
+    for a, b in zip(found.positives + found.negatives, wanted.positives + wanted.negatives):
+        np.testing.assert_array_equal(a, b)
+    np.testing.assert_allclose(found.loss, wanted.loss, rtol=1e-6)
