@@ -9,7 +9,7 @@ help:
 	@echo "make quickstart   install into $(VENV) and run the toy experiment (no download)"
 	@echo "make test         install into $(VENV) and run the tests"
 	@echo "make lint         check style and errors by ruff"
-	@echo "make bench        time the engines against the plain gradient"
+	@echo "make bench        time fit and gradient_moments against plain Keras, with the targets"
 	@echo "make clean        remove $(VENV) and build products (never runs/)"
 
 quickstart: $(VENV)/installed
@@ -23,7 +23,8 @@ lint: $(VENV)/installed-dev
 	$(VENV)/bin/ruff format --check .
 
 bench: $(VENV)/installed
-	$(RUN) benchmarks/engines.py
+	$(RUN) benchmarks/fit.py --seconds 5
+	$(RUN) benchmarks/moments.py --seconds 4
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -81,12 +81,7 @@ def traced(one: Callable, elements: Any) -> Callable:
     The caller can learn from the trace how the function is to be run.
     """
 
-    @tf.function(autograph=False)
-    def compiled(element):
-        return one(element)
-
-    specs = tf.nest.map_structure(lambda v: tf.TensorSpec(v.shape[1:], v.dtype), elements)
-    compiled = compiled.get_concrete_function(specs)
+    compiled = _compiled(one, elements)
     signature = tf.nest.map_structure(
         lambda v: tf.TensorSpec(v.shape, v.dtype), compiled.structured_outputs
     )
@@ -95,6 +90,21 @@ def traced(one: Callable, elements: Any) -> Callable:
         return tf.map_fn(compiled, elements, fn_output_signature=signature)
 
     return run
+
+
+def of_one(one: Callable, elements: Any) -> Callable:
+    """`i -> ` what `one` makes of the i-th element, traced when this is called."""
+    compiled = _compiled(one, elements)
+    return lambda i: compiled(tf.nest.map_structure(lambda v: v[i], elements))
+
+
+def _compiled(one, elements):
+    @tf.function(autograph=False)
+    def compiled(element):
+        return one(element)
+
+    specs = tf.nest.map_structure(lambda v: tf.TensorSpec(v.shape[1:], v.dtype), elements)
+    return compiled.get_concrete_function(specs)
 
 
 def changes(one: Callable, data: Any, n: Any, drew: list) -> bool:

@@ -6,10 +6,13 @@ n example.
 
 from __future__ import annotations
 
+import math
+
 import keras
 import tensorflow as tf
 
-from tf_gsnr.gradients import capture, contract, example_map, forms, recurrent
+from tf_gsnr.gradients import capture, contract, dense_forms, example_map, forms, recurrent
+from tf_gsnr.gradients.one_by_one import OneByOne
 
 
 def products(call) -> list:
@@ -17,9 +20,30 @@ def products(call) -> list:
     if recurrent.has_loops(call.layer):
         gradients = _one_by_one(call)
     else:
-        one, elements, _ = _one_example(call)
+        one, elements, drew = _one_example(call)
+        if _is_large(call):
+            run = example_map.of_one(one, elements)
+            if not drew:  # what is drawn for one example alone is not what it has in its batch
+                return [
+                    (v, _one_by_one_form(call, run, j)) for j, v in enumerate(call.unit.variables)
+                ]
         gradients = example_map.vectorised(one, elements, f"layer {call.layer.name!r}")
     return [(v, forms.rows(g, v)) for v, g in zip(call.unit.variables, gradients)]
+
+
+LARGE = 2**16  # parameters of a variable, of which more than a block of gradients is not held
+
+
+def _is_large(call):
+    """Whether the gradients of all examples would take more than one block of memory."""
+    n = call.n if isinstance(call.n, int) else dense_forms.UNKNOWN_BATCH
+    sizes = [(math.prod(v.shape), tf.as_dtype(v.dtype).size) for v in call.unit.variables]
+    return any(p > LARGE and n * p * size > dense_forms.BLOCK_BYTES for p, size in sizes)
+
+
+def _one_by_one_form(call, run, j):
+    variable = call.unit.variables[j]
+    return OneByOne(lambda i: run(i)[j], call.n, variable.shape, variable.dtype)
 
 
 def _one_by_one(call):
