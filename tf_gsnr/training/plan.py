@@ -22,7 +22,6 @@ class Plan:
 
     Attributes:
       whole: layers that are observed from outside; see `layerwise.whole_layers`.
-      agreed: ids of the variables that were found to agree with their ordinary gradient.
       unmeasured: `id(variable) -> ` why it is not measured.
       folds: `(id(layer), k) -> ` rows per example of the layer's k-th call.
       layers: of the outputs that the first step looked at, in order.
@@ -36,7 +35,6 @@ class Plan:
     """
 
     whole: list
-    agreed: set = dataclasses.field(default_factory=set)
     unmeasured: dict = dataclasses.field(default_factory=dict)
     folds: dict = dataclasses.field(default_factory=dict)
     layers: list = dataclasses.field(default_factory=list)
@@ -125,9 +123,7 @@ def learn(model, plan: Plan, checks: dict, status) -> list[str]:
     plan.whole, unseen = layerwise.wider(model, plan.whole, plan.missed)
     wrong = []
     for variable, found in zip(model.trainable_variables, status):
-        if found == conservation.AGREES:
-            plan.agreed.add(id(variable))
-        elif found == conservation.DIFFERS and id(variable) not in plan.unmeasured:
+        if found == conservation.DIFFERS and id(variable) not in plan.unmeasured:
             wrong.append(variable)
     for variable in [*unseen, *wrong]:
         why = plan.reasons.get(id(variable), _OUTSIDE)
