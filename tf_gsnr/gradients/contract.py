@@ -36,10 +36,12 @@ class Measured(NamedTuple):
     Attributes:
       losses: `[batch]`, each example's own loss.
       moments: of the valid examples' gradients, in the order of `model.trainable_variables`.
+      sums: `sums.Sums` of the variables for which they were asked in the place of moments.
     """
 
     losses: Any
     moments: Moments
+    sums: Any = None
 
 
 def check_model(model):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import keras
 import numpy as np
@@ -41,7 +41,7 @@ def build(
     batch_norm: str = "frozen",
     contributions: bool = False,
     wide: bool = False,
-    summed: bool = False,
+    summed: Collection = (),
 ) -> Callable:
     """Returns `measure` as `gradients.contract` defines it.
 
@@ -49,7 +49,8 @@ def build(
       contributions: differentiate the loss of the whole batch, times its number of examples,
         instead of the sum of the losses of each example alone; see `gradient_moments`.
       wide: whether gradients are scaled before they are squared, and moments are float64.
-      summed: whether `measure` answers with `sums.Sums` in the place of moments.
+      summed: numbers of the variables of which `measure` answers with `Measured.sums`; its moments
+        are of the others.
 
     Raises:
       conservation.NotConserved: (by `measure`) a variable acts outside the `call` of its layer, or
@@ -79,17 +80,20 @@ def build(
                 by_variable = forms_of(found.calls, scales=scales)
         variables = model.trainable_variables
         count, loss_mean = _mean_loss(each, valid)
-        if summed:
-            found = [_form(by_variable, v).sums(sign_counts) for v in variables]
-            lists = [list(values) for values in zip(*found)] + [[], []]
-            total = loss_mean * tf.cast(count, tf.float64)
-            return contract.Measured(each, Sums(count, total, *lists[:4]))
+        added = [_form(by_variable, v) for j, v in enumerate(variables) if j in summed]
+        variables = [v for j, v in enumerate(variables) if j not in summed]
         mean, m2, up, down = combined(variables, by_variable, n, valid, sign_counts)
         if wide:
             powers = [tf.cast(scales.get(id(v), 1.0), tf.float64) for v in variables]
             mean = [tf.cast(v, tf.float64) / s for v, s in zip(mean, powers)]
             m2 = [tf.cast(v, tf.float64) / s / s for v, s in zip(m2, powers)]
-        return contract.Measured(each, Moments(count, loss_mean, mean, m2, up, down))
+        moments = Moments(count, loss_mean, mean, m2, up, down)
+        if not summed:
+            return contract.Measured(each, moments)
+        lists = [list(values) for values in zip(*(form.sums(sign_counts) for form in added))]
+        lists = lists if sign_counts else [*lists, [], []]
+        total = loss_mean * tf.cast(count, tf.float64)
+        return contract.Measured(each, moments, Sums(count, total, *lists))
 
     return measure
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import weakref
 from typing import Any
 
@@ -22,8 +23,8 @@ from tf_gsnr.gradients import (
     examination,
     examples,
     losses,
+    sums,
 )
-from tf_gsnr.gradients.sums import Sums
 from tf_gsnr.moments import Moments
 
 _ENTRIES = weakref.WeakKeyDictionary()  # model -> {options: _Entry}: a step is traced once
@@ -34,11 +35,14 @@ class _Entry:
     """What is known of a model under certain options.
 
     Attributes:
-      step: traced, by whether moments are wide, on replicas, and added up.
+      step: traced, by whether moments are wide, on replicas, and which variables are added up.
       loss, strategy: kept, or their ids could become another's.
       pending: the variables that are still to be compared with their ordinary gradient.
       unfit: whether this engine was found not to measure the model right.
       wide: whether squares of the gradients would underflow in float32.
+      merged: the variables whose sums would lose digits.
+      told: whether the first micro-batch was asked for them.
+      rounds: how often data were measured again because of such ones.
     """
 
     loss: Any
@@ -47,6 +51,9 @@ class _Entry:
     step: dict = dataclasses.field(default_factory=dict)
     unfit: bool = False
     wide: bool = False
+    merged: set = dataclasses.field(default_factory=set)
+    told: bool = False
+    rounds: int = 0
 
 
 class Stream:
@@ -85,10 +92,13 @@ class Stream:
           data: returns the micro-batches.
           again: whether it may be asked for them twice.
         """
-        moments, bad, exact = self._all(data(), self._adds_up() and again)
-        if exact:
+        entry = self.entry
+        moments, bad, lost = self._all(data(), self._adds_up() and again)
+        if not lost:
             return moments, bad
         logging.debug("model %r: sums cancel, measured once more by merging", self.model.name)
+        entry.rounds += 1
+        entry.merged |= lost if entry.rounds < ROUNDS else set(range(len(moments.mean)))
         return self._all(data(), False)[:2]
 
     def _adds_up(self) -> bool:
@@ -97,20 +107,21 @@ class Stream:
             return False
         return all(v.dtype in ("float32", "float64") for v in self.model.trainable_variables)
 
-    def _all(self, batches, summed):
-        """`(moments, bad, whether no digits were lost)`."""
-        state, added = None, False
+    def _all(self, batches, adds_up):
+        """`(moments, bad, the variables that lost digits)`."""
+        entry = self.entry
+        state, added, totals = None, (), None
         batches = iter(batches)
         for index, batch in enumerate(batches):
-            if state is None or self.entry.pending:
+            if state is None or entry.pending:
                 found = self._checked(index, batch)
                 state = found if state is None else _merged(state, found)
                 if self.strategy is not None:
                     break
                 continue
-            if summed and not added and not self.entry.wide:
-                state, added = (Sums.of(state[0]), state[1]), True
-            state = self._one(self._step(summed=added), *state, index, batch)
+            if adds_up and totals is None and not entry.wide:
+                added, totals, state = self._accumulators(*state)
+            state = self._one(self._step(added), totals, *state, index, batch)
         if state is None:
             raise ValueError("x has no examples; expected at least one")
         if self.strategy is not None:
@@ -119,9 +130,25 @@ class Stream:
             )
             state = _merged(state, rest)
         if not added:
-            return *state, True
-        moments, exact = state[0].moments()
-        return moments, state[1], bool(exact)
+            return *state, set()
+        moments, lost = self._end()(totals)
+        lost = {j for j, wrong in zip(added, lost.numpy()) if wrong}
+        return sums.joined(moments, state[0], added), state[1], lost
+
+    def _accumulators(self, moments, bad):
+        """`(the variables that are added up, their sums, the state of the others)`."""
+        variables = self.model.trainable_variables
+        if not self.entry.told:  # once: each new choice is traced anew
+            self.entry.merged |= sums.likely_to_cancel(moments)
+            self.entry.told = True
+        added = tuple(j for j in range(len(variables)) if j not in self.entry.merged)
+        if not added:
+            return (), None, (moments, bad)
+        chosen, others = sums.split(moments, added)
+        signs = self.options["sign_counts"]
+        totals = sums.Sums.accumulators([variables[j] for j in added], signs)
+        totals.add(sums.Sums.of(chosen))
+        return added, totals, (others, bad)
 
     def _empty(self):
         dtype = "float64" if self.entry.wide else self.dtype
@@ -129,9 +156,9 @@ class Stream:
         empty = Moments.empty(variables, dtype, self.options["sign_counts"])
         return empty, tf.constant(-1, tf.int64)
 
-    def _one(self, step, moments, bad, index, batch):
+    def _one(self, step, totals, moments, bad, index, batch):
         try:
-            return step(moments, bad, tf.constant(index, tf.int64), self.seed, *batch)
+            return step(totals, moments, bad, tf.constant(index, tf.int64), self.seed, *batch)
         except tf.errors.InvalidArgumentError as error:
             rows = examples.count(batch)
             examples.check_labels(self.model, batch[1], index * rows, error)
@@ -149,7 +176,7 @@ class Stream:
         if examined is not None:
             self._refuse(examined)
             self.entry.wide = self.entry.wide or _is_tiny(examined.gradients)
-        state = self._one(self._step(single=True), *self._empty(), index, batch)
+        state = self._one(self._step(single=True), None, *self._empty(), index, batch)
         if examined is None:
             return state
         if self.engine != "layerwise":
@@ -250,14 +277,15 @@ class Stream:
             if found == conservation.AGREES or nothing:
                 self.entry.pending.discard(j)
 
-    def _step(self, single=False, summed=False):
-        """A traced `(moments, bad, index, seed, x, y, weight, valid) -> (moments, bad)`.
+    def _step(self, added=(), single=False):
+        """A traced `(totals, moments, bad, index, seed, x, y, weight, valid) -> (moments, bad)`.
 
-        It holds the model by a weak reference only, so that the cache keeps no model alive.
+        The variables of `added` are added to the totals, in place. It holds the model by a weak
+        reference only, so that the cache keeps no model alive.
         """
         wide = self.entry.wide
         replicated = self.strategy is not None and not single
-        key = wide, replicated, summed
+        key = wide, replicated, added
         if key in self.entry.step:
             return self.entry.step[key]
         reference = weakref.ref(self.model)
@@ -265,29 +293,36 @@ class Stream:
             weakref.proxy(self.model),
             losses.of_batch(weakref.proxy(self.model), self.given_loss),
             wide=wide,
-            **({"summed": True} if summed else {}),
+            **({"summed": added} if added else {}),
             **self.options,
         )
         dtype = "float64" if wide else self.dtype
 
         @tf.function(jit_compile=self.jit_compile, autograph=False, reduce_retracing=False)
-        def step(total, bad, index, seed, x, y, weight, valid):
+        def step(totals, moments, bad, index, seed, x, y, weight, valid):
             seeds = contract.seeds_for(reference(), seed, index)
             found = measure(x, y, weight, valid, seeds)
             wrong = valid & ~tf.math.is_finite(found.losses)
             here = index * tf.size(valid, tf.int64) + tf.argmax(wrong, output_type=tf.int64)
             bad = tf.where((bad < 0) & tf.reduce_any(wrong), here, bad)
-            if summed:
-                return total.plus(found.moments), bad
-            moments = found.moments if dtype is None else found.moments.astype(dtype)
-            return total.merge(moments), bad
+            if added:
+                totals.add(found.sums)
+            more = found.moments if dtype is None else found.moments.astype(dtype)
+            return moments.merge(more), bad
 
         if replicated:
-            step = distributed.replicated(self.strategy, step)
+            step = distributed.replicated(self.strategy, functools.partial(step, None))
         self.entry.step[key] = step
         return step
 
+    def _end(self):
+        """The traced `Sums.moments`."""
+        if "end" not in self.entry.step:
+            self.entry.step["end"] = tf.function(lambda totals: totals.moments(), autograph=False)
+        return self.entry.step["end"]
 
+
+ROUNDS = 3  # of measuring again; then everything is merged
 TINY = 1e-12  # squares of gradients below may underflow in float32
 
 
