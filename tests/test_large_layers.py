@@ -93,4 +93,4 @@ def test_nothing_of_all_examples_is_held(small):
         for tensor in op.outputs
         if tensor.shape.rank is not None
     ]
-    assert 16 * 30 * 4 not in sizes
+    assert max(sizes) < 16 * 30 * 4

@@ -92,10 +92,10 @@ class Stream:
           data: returns the micro-batches.
           again: whether it may be asked for them twice.
         """
-        entry = self.entry
         moments, bad, lost = self._all(data(), self._adds_up() and again)
         if not lost:
             return moments, bad
+        entry = self.entry
         logging.debug("model %r: sums cancel, measured once more by merging", self.model.name)
         entry.rounds += 1
         entry.merged |= lost if entry.rounds < ROUNDS else set(range(len(moments.mean)))
@@ -131,7 +131,7 @@ class Stream:
             state = _merged(state, rest)
         if not added:
             return *state, set()
-        moments, lost = self._end()(totals)
+        moments, lost = totals.moments()
         lost = {j for j, wrong in zip(added, lost.numpy()) if wrong}
         return sums.joined(moments, state[0], added), state[1], lost
 
@@ -220,7 +220,7 @@ class Stream:
         try:
             with keras.StatelessScope():
                 self.loss(x, y, self.model(x, training=False), sample_weight)
-        except Exception:
+        except Exception:  # whatever the user's own code raises
             return False
         return True
 
@@ -314,12 +314,6 @@ class Stream:
             step = distributed.replicated(self.strategy, functools.partial(step, None))
         self.entry.step[key] = step
         return step
-
-    def _end(self):
-        """The traced `Sums.moments`."""
-        if "end" not in self.entry.step:
-            self.entry.step["end"] = tf.function(lambda totals: totals.moments(), autograph=False)
-        return self.entry.step["end"]
 
 
 ROUNDS = 3  # of measuring again; then everything is merged

@@ -10,8 +10,8 @@ import numpy as np
 import tensorflow as tf
 
 from tf_gsnr import arrays
-from tf_gsnr.gradients import conservation, layerwise
-from tf_gsnr.gradients.dense_forms import BLOCK_BYTES, UNKNOWN_BATCH, concatenated, moments_of
+from tf_gsnr.gradients import conservation, dense_forms, layerwise
+from tf_gsnr.gradients.dense_forms import concatenated, moments_of
 from tf_gsnr.moments import Moments
 from tf_gsnr.training.sample import table
 
@@ -87,10 +87,10 @@ def _of_sample(sample, forms, n, sign_counts, variables, scales):
 def _groups(pairs, n):
     """The forms and their places, in groups of which all gradients are in memory together."""
     groups, size = [], 0
-    examples = n if isinstance(n, int) else UNKNOWN_BATCH
+    examples = n if isinstance(n, int) else dense_forms.UNKNOWN_BATCH
     for form, there in pairs:
         size += there.size * examples * 8
-        if not groups or size > BLOCK_BYTES:
+        if not groups or size > dense_forms.BLOCK_BYTES:
             groups.append([])
             size = there.size * examples * 8
         groups[-1].append((form, there))
