@@ -24,6 +24,7 @@ from tf_gsnr.gradients import (
     examples,
     layerwise,
     losses,
+    onednn,
     recalibration,
     vectorized,
 )
@@ -250,6 +251,7 @@ def _measured(
     check_engine_name(engine)
     examples.check_batch_size(batch_size)
     contract.check_model(model)
+    onednn.warn_if_off(model)
     contract.check_batch_norm(batch_norm)
     if dtype not in (None, "float32", "float64"):
         raise ValueError(f"dtype={dtype!r}: expected 'float32', 'float64' or None")

@@ -17,7 +17,7 @@ import tensorflow as tf
 from absl import logging
 
 from tf_gsnr import gradients
-from tf_gsnr.gradients import contract, distributed, examples
+from tf_gsnr.gradients import contract, distributed, examples, onednn
 from tf_gsnr.training import gap, plan, step
 from tf_gsnr.training.meter import SHOWN, GSNRMeter
 from tf_gsnr.training.sample import LEAST, LEAST_OF_LAYERS, SIZE, Sample
@@ -227,6 +227,7 @@ class _Training:
         if belongs_to == self.belongs_to:
             return
         self.belongs_to = belongs_to
+        onednn.warn_if_off(model)
         self.plan = plan.plan_for(model)
         self.plan.hides_batch_size = _hides(self.shapes)
         self.plan.sizes_vary = any(s is None or None in s[1:] for s in self.shapes)

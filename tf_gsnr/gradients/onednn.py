@@ -1,0 +1,37 @@
+"""Whether convolutions run as fast on this CPU as TensorFlow has them."""
+
+from __future__ import annotations
+
+import platform
+
+import keras
+import tensorflow as tf
+from absl import logging
+
+from tf_gsnr.gradients import contract
+
+ADVICE = (
+    "TensorFlow's oneDNN is off, and without it convolutions take 3 to 15 times as long on many "
+    "CPUs, measured or not: set the environment variable TF_ENABLE_ONEDNN_OPTS=1 before TensorFlow "
+    "is imported"
+)
+
+
+def warn_if_off(model: keras.Model):
+    """Says so once, where it is off and the model would gain by it: convolutions on an x86 CPU."""
+    if platform.machine().lower() not in ("x86_64", "amd64") or is_on() is not False:
+        return
+    if tf.config.list_logical_devices("GPU") or tf.config.list_logical_devices("TPU"):
+        return
+    if any("Conv" in type(layer).__name__ for layer in contract.sublayers(model)):
+        logging.log_first_n(logging.WARNING, ADVICE, 1)
+
+
+def is_on() -> bool | None:
+    """None where this release of TensorFlow does not tell."""
+    try:  # there is no public name for it
+        from tensorflow.python.util import _pywrap_util_port
+
+        return bool(_pywrap_util_port.IsMklEnabled())
+    except (ImportError, AttributeError):
+        return None
