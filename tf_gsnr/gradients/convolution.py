@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import tensorflow as tf
@@ -39,6 +39,17 @@ def paddings(
 def views(x, kernel, strides, dilations, pads, outputs) -> list:
     """For each kernel position k, the input values it meets: `[n, b, *outputs, c]`, in order of k.
 
+    Arguments as `viewer`.
+    """
+    view = viewer(x, kernel, strides, dilations, pads, outputs)
+    return [view(position) for position in itertools.product(*map(range, kernel))]
+
+
+def viewer(x, kernel, strides, dilations, pads, outputs) -> Callable:
+    """`position -> [n, b, *outputs, c]`: the input values that one position of the kernel meets.
+
+    It takes a slice of the channels, too.
+
     Args:
       x: `[n, b, *size, c]`.
       kernel, strides, dilations, outputs: a number per spatial dimension.
@@ -47,17 +58,38 @@ def views(x, kernel, strides, dilations, pads, outputs) -> list:
     if any(map(any, pads)):
         x = tf.pad(x, [(0, 0), (0, 0), *pads, (0, 0)])
     whole = slice(None)
-    return [
-        x[
-            (whole, whole)
-            + tuple(
-                slice(k * d, k * d + (t - 1) * s + 1, s)
-                for k, d, s, t in zip(position, dilations, strides, outputs)
-            )
-            + (whole,)
-        ]
-        for position in itertools.product(*map(range, kernel))
-    ]
+    if math.prod(kernel) == 1:
+        every = (slice(0, t * s, s) for s, t in zip(strides, outputs))
+        x = x[(whole, whole, *every, whole)]
+        return lambda position, channels=whole: x[..., channels]
+    phase_of = _phases(x, strides)
+
+    def view(position, channels=whole):
+        starts = [int(k) * d for k, d in zip(position, dilations)]
+        windows = (slice(a // s, a // s + t) for a, s, t in zip(starts, strides, outputs))
+        return phase_of(starts)[(whole, whole, *windows, channels)]
+
+    return view
+
+
+def _phases(x, strides):
+    """For the place of an entry of x, all entries that are strides away from it, in order.
+
+    They are brought together by one transposition, of which a view takes a part: to take every
+    s-th entry anew for each view copies number by number, and took 3 to 10 times as long.
+    """
+    if set(strides) == {1}:
+        return lambda start: x
+    size, rank, channels = x.shape[2:-1], len(strides), x.shape[-1]
+    counts = [-(-length // s) for length, s in zip(size, strides)]
+    ends = [(0, c * s - length) for c, s, length in zip(counts, strides, size)]
+    inner = tf.shape(x)[1] if x.shape[1] is None else x.shape[1]
+    x = tf.pad(x, [(0, 0), (0, 0), *ends, (0, 0)])
+    x = tf.reshape(x, [-1, *itertools.chain(*zip(counts, strides)), channels])
+    axes = range(1, 1 + 2 * rank)
+    x = tf.transpose(x, [*axes[1::2], 0, *axes[::2], 1 + 2 * rank])
+    x = tf.reshape(x, [math.prod(strides), -1, inner, *counts, channels])
+    return lambda start: x[np.ravel_multi_index([a % s for a, s in zip(start, strides)], strides)]
 
 
 def kernel_gradients(x, dz, kernel, strides, dilations, pads):
@@ -222,6 +254,29 @@ class Kernel(forms.Form):
 
         return [whole]
 
+    def total(self):
+        """As TensorFlow's own gradient, which unfolds nothing."""
+        *spatial, channels, _ = self.shape
+        if not self.depthwise and self.x.shape[-1] != channels:  # groups
+            return super().total()
+        if self.depthwise and (len(spatial) != 2 or len(set(self.strides)) > 1):
+            return super().total()
+        x, dz = (tf.cast(v, self.dtype) for v in (self.x, self.dz))
+        x, dz = (tf.reshape(v, [-1, *v.shape[2:]]) for v in (x, dz))
+        x = tf.pad(x, [(0, 0), *self.pads, (0, 0)])
+        sizes = zip(spatial, self.strides, self.dilations, dz.shape[1:-1])
+        ends = (slice((t - 1) * s + (k - 1) * d + 1) for k, s, d, t in sizes)
+        x, kernel = x[(slice(None), *ends)], tf.zeros(self.shape, self.dtype)
+        with tf.GradientTape() as tape:
+            tape.watch(kernel)
+            if self.depthwise:
+                strides = [1, *self.strides, 1]
+                z = tf.nn.depthwise_conv2d(x, kernel, strides, "VALID", dilations=self.dilations)
+            else:
+                kind = ["NWC", "NHWC", "NDHWC"][len(spatial) - 1]
+                z = tf.nn.convolution(x, kernel, self.strides, "VALID", kind, self.dilations)
+        return tape.gradient(z, kernel, dz)
+
     def sample(self, places):
         """`[n, k]`; each tile is at one position of the kernel and sees a part of the input."""
         *spatial, channels, filters = self.shape
@@ -234,22 +289,17 @@ class Kernel(forms.Form):
         all_of_it = unfolded + filters + unfolded * filters / PRODUCTS_PER_COPY
         if (position != position[:, :1]).any() or 2 * m * (a + b) > all_of_it:
             return super().sample(places)
-        x = tf.cast(self.x, self.dtype)
-        if any(map(any, self.pads)):
-            x = tf.pad(x, [(0, 0), (0, 0), *self.pads, (0, 0)])
-        x = dense_forms.tiles_of(x, rows)
+        outputs = self.dz.shape[2 : 2 + len(spatial)]
+        x = dense_forms.tiles_of(tf.cast(self.x, self.dtype), rows)
+        x = tf.reshape(x, [-1, *self.x.shape[1:-1], m * a])
+        view = viewer(x, spatial, self.strides, self.dilations, self.pads, outputs)
         position = position[:, 0]
-        seen, outputs = [], self.dz.shape[2 : 2 + len(spatial)]
+        seen = []
         for k in sorted(set(position)):
             (of_k,) = np.nonzero(position == k)  # one run: places are in order
-            window = (
-                slice(i * d, i * d + (t - 1) * s + 1, s)
-                for i, d, t, s in zip(
-                    np.unravel_index(k, spatial), self.dilations, outputs, self.strides
-                )
-            )
-            seen.append(x[(slice(None), slice(None), *window, slice(of_k[0], of_k[-1] + 1))])
-        x = dense_forms.concatenated(seen, -2)
+            tiles = slice(a * of_k[0], a * (of_k[-1] + 1))
+            seen.append(view(np.unravel_index(k, spatial), tiles))
+        x = dense_forms.concatenated(seen, -1)
         dz = tf.cast(self.dz, self.dtype)
         count = math.prod(self.dz.shape[1 : 2 + len(spatial)])
         x = tf.reshape(x, [-1, count, m, a])

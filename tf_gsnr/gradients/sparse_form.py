@@ -152,16 +152,18 @@ class Sparse(Form):
         _, entry, rows = form._rows()
         parts = [rows, tf.square(rows)]
         parts += [tf.sign(rows), tf.abs(tf.sign(rows))] if sign_counts else []
-        sums = form._per_entry(tf.concat(parts, 1), entry)
-        sums = tf.reshape(sums, [form.shape[0], len(parts), form.shape[1]])
-        sums = tf.reshape(tf.transpose(sums, [1, 0, 2]), [len(parts), -1])
+        sums = form._per_entry(tf.concat(parts, 1), entry)  # [entries, parts o]
+        width = form.shape[1]
+        row, column = np.divmod(index, width)
+        part = np.arange(len(parts))[:, np.newaxis]
+        places = (row * len(parts) + part) * width + column
 
         def centred():
             wide = Sparse(form.ids, form.dz, form.shape, tf.float64)
             found = wide.moments(tf.cast(n, tf.float64), None)
             return [tf.gather(tf.reshape(v, [-1]), index) for v in found]
 
-        return moments_from_sums(tf.gather(sums, index, axis=1), n, centred)
+        return moments_from_sums(tf.gather(tf.reshape(sums, [-1]), places), n, centred)
 
 
 class Tied(Form):
