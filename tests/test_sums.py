@@ -45,22 +45,29 @@ def test_sums_of_forms(name):
     assert len(form.sums(False)) == 2
 
 
-def test_there_and_back():
-    g = [RNG.normal(size=[7, 3, 2]), RNG.normal(size=[7, 4]), RNG.normal(size=[7])]
+@pytest.mark.parametrize("sign_counts", [False, True])
+def test_there_and_back(sign_counts, monkeypatch):
+    """A large variable, one that is merged, and small ones in one vector."""
+    monkeypatch.setattr(sums, "LARGE", 6)
+    g = [RNG.normal(size=[7, *shape]) for shape in ([3, 2], [4], [], [5])]
     losses = RNG.normal(size=7)
-    parts = [
-        Moments.of([v[s] for v in g], losses[s], sign_counts=True)
-        for s in (slice(0, 3), slice(3, 7))
-    ]
-    (a, others), (b, more) = (sums.split(part, {0, 2}) for part in parts)
-    total = Sums.accumulators(a.mean, sign_counts=True)
-    for part in a, b:
-        total.add(Sums.of(part))
-    moments, lost = total.moments()
-    assert not any(lost)
-    found = sums.joined(moments, others.merge(more), {0, 2})
-    whole = Moments.of(g, losses, sign_counts=True)
+    whole = Moments.of(g, losses, sign_counts=sign_counts)
+    groups = sums.groups_of(whole.mean, {0, 2, 3})
+    assert groups == ((0,), (2, 3))
+    total = Sums.accumulators(whole.mean, groups, sign_counts)
+    others = Moments.empty([whole.mean[1]], sign_counts=sign_counts)
+    for s in (slice(0, 3), slice(3, 7)):
+        kinds = [tf.identity, tf.square]
+        kinds += [tf.sign, lambda v: tf.abs(tf.sign(v))] if sign_counts else []
+        sums_of = [{j: tf.reduce_sum(kind(v[s]), 0) for j, v in enumerate(g)} for kind in kinds]
+        lists = [sums.grouped(groups, values) for values in sums_of]
+        total.add(Sums(*lists))
+        others = others.merge(Moments.of([g[1][s]], losses[s], sign_counts=sign_counts))
+    moments, lost = total.moments(7, extreme=True)
+    assert not any(v.any() for v in lost)
+    found = sums.joined(moments, others, groups, whole.mean)
     for a, b in zip(tf.nest.flatten(found), tf.nest.flatten(whole), strict=True):
+        assert np.shape(a) == np.shape(b)
         np.testing.assert_allclose(a, b, rtol=1e-10)
 
 
@@ -107,3 +114,48 @@ def test_against_one_batch(name, offset, told, monkeypatch):
     for a, b in zip(found.positives + found.negatives, wanted.positives + wanted.negatives):
         np.testing.assert_array_equal(a, b)
     np.testing.assert_allclose(found.loss, wanted.loss, rtol=1e-6)
+
+
+@pytest.mark.parametrize("jit_compile", [False, True])
+@pytest.mark.parametrize("factor", [1e-16, 1.0])
+@pytest.mark.parametrize("name", ["dense", "table", "images"])
+def test_small_gradients(name, factor, jit_compile):
+    """Squares of gradients of 1e-17 underflow in float32; several micro-batches, on XLA too."""
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential(models()[name])
+    rng = np.random.default_rng(1)
+    x = rng.integers(0, 20, [50, 6]) if name == "table" else rng.normal(size=[50, 6])
+    y = rng.normal(size=[50, 3])
+
+    def loss(y, z):
+        return factor * keras.losses.mean_squared_error(y, z)
+
+    options = dict(loss=loss, sign_counts=True)
+    wanted = tf_gsnr.gradient_moments(
+        model, x, y, engine="vectorized", dtype="float64", batch_size=50, **options
+    )
+    for _ in range(2):
+        found = tf_gsnr.gradient_moments(
+            model, x, y, batch_size=8, jit_compile=jit_compile, **options
+        )
+        for a, b in zip(found.mean + found.m2, wanted.mean + wanted.m2):
+            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * np.abs(b).max())
+        for a, b in zip(found.positives + found.negatives, wanted.positives + wanted.negatives):
+            np.testing.assert_array_equal(a, b)
+
+
+def test_gradients_that_grow():
+    """A scale that was found where gradients were 1e-16 must not let those of 1e12 overflow."""
+    model = keras.Sequential([keras.Input([3]), L.Dense(2, "tanh"), L.Dense(1)])
+    rng = np.random.default_rng(1)
+    x, y = rng.normal(size=[40, 3]), rng.normal(size=[40, 1])
+    factor = tf.Variable(1e-16, trainable=False)
+
+    def loss(y, z):
+        return factor * keras.losses.mean_squared_error(y, z)
+
+    small = tf_gsnr.gradient_moments(model, x, y, loss, batch_size=8)
+    factor.assign(1e12)
+    large = tf_gsnr.gradient_moments(model, x, y, loss, batch_size=8)
+    for a, b, power in [(u, v, k + 1) for k in (0, 1) for u, v in zip(small[2 + k], large[2 + k])]:
+        np.testing.assert_allclose(b / 1e28**power, a, rtol=1e-4, atol=1e-5 * np.abs(a).max())

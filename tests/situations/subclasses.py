@@ -97,6 +97,35 @@ case(
 )
 
 
+class PatchesInPlaces(L.Layer):
+    """Patches, a class token, and positions that are looked up once for the whole batch."""
+
+    def build(self, shape):
+        self.patches = L.Conv1D(4, 2, strides=2)
+        self.patches.build(shape)
+        self.places = L.Embedding(shape[1] // 2 + 1, 4)
+        self.places.build([1, shape[1] // 2 + 1])
+        self.token = self.add_weight(shape=(1, 1, 4), initializer="uniform")
+
+    def call(self, x):
+        token = O.broadcast_to(self.token, [O.shape(x)[0], 1, 4])
+        x = O.concatenate([token, self.patches(x)], 1)
+        return x + self.places(O.arange(x.shape[1])[None])
+
+
+case(
+    "vision transformer's patches",
+    "layers: a position embedding of one row for all examples, a class token",
+    lambda: seq(
+        [6], L.Reshape([6, 1]), PatchesInPlaces(), L.Dense(3, "tanh"), L.Flatten(), L.Dense(2)
+    ),
+    how(),
+    fit(np.repeat(X, 2, 1)[:, :6]),
+    moments="same",
+    engines=("layerwise", "vectorized"),
+)
+
+
 class InContainers(keras.Model):
     """Layers in a list and a dict, a weight of the model's own, one layer that is never called."""
 

@@ -274,6 +274,7 @@ def _measured(
     data = functools.partial(
         examples.micro_batches, *given, batch_size, fill=not coupled, size=fixed
     )
+    windows = None if coupled else functools.partial(examples.windows, *given, batch_size, fixed)
     one_pass = examples.is_stream(given[0]) and not isinstance(given[0], tf.data.Dataset)
     options = dict(
         sign_counts=sign_counts,
@@ -296,7 +297,9 @@ def _measured(
             if name != engines[-1] and stream.entry.unfit:
                 continue
             try:
-                moments, bad = stream.all(data, again=not one_pass)
+                moments, bad = stream.all(
+                    windows if windows and stream.loops else data, again=not one_pass
+                )
             except conservation.NotConserved as error:
                 stream.entry.unfit = True
                 if name == engines[-1]:

@@ -36,7 +36,7 @@ class Measured(NamedTuple):
     Attributes:
       losses: `[batch]`, each example's own loss.
       moments: of the valid examples' gradients, in the order of `model.trainable_variables`.
-      sums: `sums.Sums` of the variables for which they were asked in the place of moments.
+      sums: `sums.Sums` of the groups for which they were asked in the place of moments.
     """
 
     losses: Any

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 
 import keras
 import numpy as np
@@ -26,7 +26,7 @@ from tf_gsnr.gradients import (
     recurrent,
     rules,
 )
-from tf_gsnr.gradients.sums import Sums
+from tf_gsnr.gradients.sums import Groups, Sums, grouped
 from tf_gsnr.moments import Moments
 
 assert layer_rules  # importing it registers Keras's layers
@@ -41,7 +41,7 @@ def build(
     batch_norm: str = "frozen",
     contributions: bool = False,
     wide: bool = False,
-    summed: Collection = (),
+    summed: Groups = (),
 ) -> Callable:
     """Returns `measure` as `gradients.contract` defines it.
 
@@ -49,8 +49,9 @@ def build(
       contributions: differentiate the loss of the whole batch, times its number of examples,
         instead of the sum of the losses of each example alone; see `gradient_moments`.
       wide: whether gradients are scaled before they are squared, and moments are float64.
-      summed: numbers of the variables of which `measure` answers with `Measured.sums`; its moments
-        are of the others.
+      summed: groups of the numbers of variables of which `measure` answers with `Measured.sums`;
+        its moments are of the others. If wide, `measure` is told by `scale` by which number to
+        multiply all gradients: sums are of the products.
 
     Raises:
       conservation.NotConserved: (by `measure`) a variable acts outside the `call` of its layer, or
@@ -59,7 +60,7 @@ def build(
     contract.check_batch_norm(batch_norm)
     seeds_of_model = contract.seed_variables(model)
 
-    def measure(x, y, sample_weight=None, valid=None, seeds=None):
+    def measure(x, y, sample_weight=None, valid=None, seeds=None, scale=None):
         if seeds is None:
             seeds = [tf.convert_to_tensor(v.value) for v in seeds_of_model]
         n = capture.batch_size(x)
@@ -67,33 +68,38 @@ def build(
         def loss_of(predictions):
             if contributions:
                 whole = tf.reduce_sum(loss(x, y, predictions, sample_weight, training))
-                return tf.fill([n], whole), whole * tf.cast(n, whole.dtype)
-            each = losses.of_examples(loss, x, y, predictions, sample_weight, training)
-            return each, tf.reduce_sum(each if valid is None else tf.where(valid, each, 0))
+                each, target = tf.fill([n], whole), whole * tf.cast(n, whole.dtype)
+            else:
+                each = losses.of_examples(loss, x, y, predictions, sample_weight, training)
+                target = tf.reduce_sum(each if valid is None else tf.where(valid, each, 0))
+            return each, target if scale is None else target * tf.cast(scale, target.dtype)
 
         with modes(model, training, batch_norm):
             found, each, by_variable = _pass(
                 model, loss_of, x, n, seeds, training, added=contributions
             )
-            scales = unit_scales(found.calls) if wide else {}
-            if wide:
+            scales = {}
+            if wide and scale is None:
+                scales = unit_scales(found.calls)
                 by_variable = forms_of(found.calls, scales=scales)
         variables = model.trainable_variables
         count, loss_mean = _mean_loss(each, valid)
-        added = [_form(by_variable, v) for j, v in enumerate(variables) if j in summed]
-        variables = [v for j, v in enumerate(variables) if j not in summed]
+        numbers = {j for group in summed for j in group}
+        added = {j: _form(by_variable, variables[j]) for j in numbers}
+        variables = [v for j, v in enumerate(variables) if j not in numbers]
         mean, m2, up, down = combined(variables, by_variable, n, valid, sign_counts)
         if wide:
-            powers = [tf.cast(scales.get(id(v), 1.0), tf.float64) for v in variables]
+            whole = 1.0 if scale is None else scale
+            powers = [tf.cast(scales.get(id(v), whole), tf.float64) for v in variables]
             mean = [tf.cast(v, tf.float64) / s for v, s in zip(mean, powers)]
             m2 = [tf.cast(v, tf.float64) / s / s for v, s in zip(m2, powers)]
         moments = Moments(count, loss_mean, mean, m2, up, down)
         if not summed:
             return contract.Measured(each, moments)
-        lists = [list(values) for values in zip(*(form.sums(sign_counts) for form in added))]
-        lists = lists if sign_counts else [*lists, [], []]
-        total = loss_mean * tf.cast(count, tf.float64)
-        return contract.Measured(each, moments, Sums(count, total, *lists))
+        found = {j: form.sums(sign_counts) for j, form in added.items()}
+        kinds = range(4 if sign_counts else 2)
+        lists = [grouped(summed, {j: parts[k] for j, parts in found.items()}) for k in kinds]
+        return contract.Measured(each, moments, Sums(*lists))
 
     return measure
 
@@ -127,7 +133,12 @@ def _pass(model, loss_of, x, n, seeds, training, added):
         watched = found.watched()
         gradients = tape.gradient(target, watched + sources)
         found.set_gradients(gradients[: len(watched)])
-        by_variable = forms_of(found.calls)
+        reasons = {}
+        by_variable = forms_of(found.calls, reasons=reasons)
+        for error in reasons.values():
+            if not isinstance(error, conservation.NotConserved):
+                raise error
+        by_variable = {key: form for key, form in by_variable.items() if key not in reasons}
         missed = [
             v
             for v, g in zip(variables, gradients[len(watched) :])
@@ -137,6 +148,9 @@ def _pass(model, loss_of, x, n, seeds, training, added):
             return found, each, by_variable
         larger, unseen = wider(model, whole, missed)
         if unseen:
+            for v in unseen:
+                if id(v) in reasons:
+                    raise reasons[id(v)]
             raise conservation.NotConserved(
                 f"model {model.name!r}: no call of its own layer accounts for "
                 f"{', '.join(v.path for v in unseen)}: it is used outside of it, or a rule leaves "
@@ -237,7 +251,8 @@ def forms_of(calls, folds=None, scales=None, reasons=None) -> dict:
       folds: `(id(layer), k) -> ` rows per example of a layer's k-th call, where known from another
         pass.
       scales: `id(variable) -> ` by which the gradients at its layer's outputs are multiplied.
-      reasons: a dict for `id(variable) -> ` why a variable has no form, where that is not to raise.
+      reasons: a dict for `id(variable) -> ` the exception for which it has no form, or not the
+        form of all calls; where that is not to be raised.
 
     Raises:
       conservation.NotConserved: without `reasons`, where a layer's rows are not the examples'.
@@ -257,7 +272,7 @@ def forms_of(calls, folds=None, scales=None, reasons=None) -> dict:
         except Exception as error:
             if reasons is None:
                 raise
-            reasons |= {id(v): " ".join(str(error).split()) for v in call.unit.variables}
+            reasons |= {id(v): error for v in call.unit.variables}
     return {key: forms.add(parts) for key, parts in by_variable.items()}
 
 
@@ -310,7 +325,7 @@ def _fold(call, expected):
     return found // call.n
 
 
-def combined(variables, by_variable, n, valid, sign_counts, scales=None) -> tuple:
+def combined(variables, by_variable, n, valid, sign_counts) -> tuple:
     """`(mean, m2, positives, negatives)`, lists over the variables; no form means no gradient."""
     dtype = tf.int64
     count = tf.cast(n, dtype) if valid is None else tf.math.count_nonzero(valid, dtype=dtype)

@@ -5,26 +5,17 @@ Index letters: n example, j variable.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
+import itertools
 import weakref
 from typing import Any
 
-import keras
 import numpy as np
 import tensorflow as tf
 from absl import logging
 
-from tf_gsnr.gradients import (
-    conservation,
-    contract,
-    distributed,
-    examination,
-    examples,
-    losses,
-    sums,
-)
+from tf_gsnr.gradients import checking, contract, distributed, examples, losses, sums
 from tf_gsnr.moments import Moments
 
 _ENTRIES = weakref.WeakKeyDictionary()  # model -> {options: _Entry}: a step is traced once
@@ -36,12 +27,14 @@ class _Entry:
 
     Attributes:
       step: traced, by whether moments are wide, on replicas, and which variables are added up.
+      traces: of these, by what they are called with.
       loss, strategy: kept, or their ids could become another's.
       pending: the variables that are still to be compared with their ordinary gradient.
       unfit: whether this engine was found not to measure the model right.
       wide: whether squares of the gradients would underflow in float32.
       merged: the variables whose sums would lose digits.
-      told: whether the first micro-batch was asked for them.
+      scale: if wide, by which the gradients are multiplied that are added up.
+      told: whether a micro-batch was asked for these two.
       rounds: how often data were measured again because of such ones.
     """
 
@@ -49,9 +42,11 @@ class _Entry:
     strategy: Any
     pending: set
     step: dict = dataclasses.field(default_factory=dict)
+    traces: dict = dataclasses.field(default_factory=dict)
     unfit: bool = False
     wide: bool = False
     merged: set = dataclasses.field(default_factory=set)
+    scale: float = 1.0
     told: bool = False
     rounds: int = 0
 
@@ -83,23 +78,36 @@ class Stream:
             entries[key] = _Entry(used, strategy, pending)
         self.entry = entries[key]
         self.given_loss = loss
-        self.loss = losses.of_batch(model, loss)
+
+    @functools.cached_property
+    def loss(self):
+        return losses.of_batch(self.model, self.given_loss)
+
+    @property
+    def loops(self) -> bool:
+        """Whether it takes several micro-batches at once: see `examples.windows`."""
+        return self.engine == "layerwise" and self.strategy is None and not self.jit_compile
 
     def all(self, data, again: bool):
         """`(moments, first example that is not finite or -1)`.
 
         Args:
-          data: returns the micro-batches.
+          data: returns the micro-batches, or windows of them.
           again: whether it may be asked for them twice.
         """
         moments, bad, lost = self._all(data(), self._adds_up() and again)
-        if not lost:
+        if not lost or bad >= 0:
             return moments, bad
-        entry = self.entry
         logging.debug("model %r: sums cancel, measured once more by merging", self.model.name)
-        entry.rounds += 1
-        entry.merged |= lost if entry.rounds < ROUNDS else set(range(len(moments.mean)))
-        return self._all(data(), False)[:2]
+        entry, before = self.entry, self.entry.merged
+        everything = set(range(len(moments.mean)))
+        entry.merged = before | lost if entry.rounds + 1 < ROUNDS else everything
+        moments, bad, _ = self._all(data(), False)
+        if all(np.isfinite(m2).all() for m2 in moments.m2):
+            entry.rounds += 1
+        else:  # it was not for the digits
+            entry.merged = before
+        return moments, bad
 
     def _adds_up(self) -> bool:
         """Whether this engine adds up sums where it can, and merges moments where it must."""
@@ -109,60 +117,106 @@ class Stream:
 
     def _all(self, batches, adds_up):
         """`(moments, bad, the variables that lost digits)`."""
-        entry = self.entry
-        state, added, totals = None, (), None
-        batches = iter(batches)
-        for index, batch in enumerate(batches):
-            if state is None or entry.pending:
-                found = self._checked(index, batch)
-                state = found if state is None else _merged(state, found)
-                if self.strategy is not None:
-                    break
-                continue
-            if adds_up and totals is None and not entry.wide:
-                added, totals, state = self._accumulators(*state)
-            state = self._one(self._step(added), totals, *state, index, batch)
-        if state is None:
+        entry, batches = self.entry, iter(batches)
+        begin = list(itertools.islice(batches, 2))
+        if not begin:
             raise ValueError("x has no examples; expected at least one")
+        first, several = _split(begin[0])[0], len(begin) > 1 or _size(begin[0]) > 1
+        checked = None
+        if entry.pending or self.strategy is not None:
+            checked = self._checked(0, first)
+        batches = itertools.chain(begin, batches)
         if self.strategy is not None:
+            rest = itertools.islice(batches, 1, None)
             rest = distributed.stream(
-                self.strategy, self._step(), self._empty(), self.seed, batches, start=1
+                self.strategy, self._step(), self._empty(), self.seed, rest, start=1
             )
-            state = _merged(state, rest)
-        if not added:
+            return *_merged(checked, rest), set()
+        groups, totals, scale = (), None, None
+        if adds_up and several and not entry.pending:
+            groups, totals, scale = self._accumulators(checked, first)
+            checked = None  # it is measured once more, that a second call finds the same
+        state, index = self._empty(groups), 0
+        for window in batches:
+            if checked is not None and index == 0 or entry.pending:
+                for batch in _split(window):  # to be compared one by one
+                    if index == 0 and checked is not None:
+                        state = checked
+                    elif entry.pending:
+                        state = _merged(state, self._checked(index, batch))
+                    else:
+                        state = self._one(self._step(), None, None, *state, index, batch)
+                    index += 1
+                continue
+            if _size(window) == 1 and not groups:
+                window = _split(window)[0]
+            loops = window[-1].shape.rank == 2
+            step = self._step(groups, loops=loops)
+            state = self._one(step, totals, scale, *state, index, window)
+            index += _size(window)
+        if not groups:
             return *state, set()
-        moments, lost = totals.moments()
-        lost = {j for j, wrong in zip(added, lost.numpy()) if wrong}
-        return sums.joined(moments, state[0], added), state[1], lost
-
-    def _accumulators(self, moments, bad):
-        """`(the variables that are added up, their sums, the state of the others)`."""
         variables = self.model.trainable_variables
-        if not self.entry.told:  # once: each new choice is traced anew
-            self.entry.merged |= sums.likely_to_cancel(moments)
-            self.entry.told = True
-        added = tuple(j for j in range(len(variables)) if j not in self.entry.merged)
-        if not added:
-            return (), None, (moments, bad)
-        chosen, others = sums.split(moments, added)
-        signs = self.options["sign_counts"]
-        totals = sums.Sums.accumulators([variables[j] for j in added], signs)
-        totals.add(sums.Sums.of(chosen))
-        return added, totals, (others, bad)
+        (mean, m2, *signs), wrong = totals.moments(int(state[0].count), extreme=entry.wide)
+        if entry.wide:
+            mean = [np.divide(v, entry.scale, dtype="float64") for v in mean]
+            m2 = [np.divide(v, entry.scale**2, dtype="float64") for v in m2]
+        lost = {j for j, v in sums.apart(groups, wrong, variables).items() if v.any()}
+        return sums.joined((mean, m2, *signs), state[0], groups, variables), state[1], lost
 
-    def _empty(self):
+    def _accumulators(self, checked, batch):
+        """`(groups of the variables that are added up, their sums, the scale if wide)`.
+
+        Args:
+          checked: the state after the first micro-batch alone, if known.
+          batch: that micro-batch.
+        """
+        entry, variables = self.entry, self.model.trainable_variables
+        if not entry.told:  # once: each new choice is traced anew
+            moments = (checked or self._checked(0, batch))[0]
+            entry.merged = entry.merged | sums.likely_to_cancel(moments)
+            entry.scale = sums.scale_for(moments)
+            entry.told = True
+        chosen = [j for j in range(len(variables)) if j not in entry.merged]
+        groups = sums.groups_of(variables, chosen)
+        if not groups:
+            return (), None, None
+        totals = sums.Sums.accumulators(variables, groups, self.options["sign_counts"])
+        return groups, totals, tf.constant(entry.scale) if entry.wide else None
+
+    def _empty(self, groups=()):
+        """The state of no examples, of the variables that are in no group."""
         dtype = "float64" if self.entry.wide else self.dtype
-        variables = self.model.trainable_variables
+        added = {j for group in groups for j in group}
+        variables = [v for j, v in enumerate(self.model.trainable_variables) if j not in added]
         empty = Moments.empty(variables, dtype, self.options["sign_counts"])
         return empty, tf.constant(-1, tf.int64)
 
-    def _one(self, step, totals, moments, bad, index, batch):
+    def _one(self, step, totals, scale, moments, bad, index, batch):
+        arguments = totals, scale, moments, bad, tf.constant(index, tf.int64), self.seed
         try:
-            return step(totals, moments, bad, tf.constant(index, tf.int64), self.seed, *batch)
+            return self._trace(step, arguments, batch)(*arguments, *batch)
         except tf.errors.InvalidArgumentError as error:
-            rows = examples.count(batch)
+            rows = batch[-1].shape[-1]
             examples.check_labels(self.model, batch[1], index * rows, error)
             raise
+
+    def _trace(self, step, arguments, batch):
+        """The trace of a step for such data: to call it takes half the time of finding it."""
+        leaves = [v for v in tf.nest.flatten(batch) if v is not None]
+        if self.strategy is not None or not all(isinstance(v, tf.Tensor) for v in leaves):
+            return step
+        loops = batch[-1].shape.rank == 2  # over any number of micro-batches
+
+        def kind(v):
+            shape = [None, *v.shape[1:]] if loops else v.shape
+            return None if v is None else tf.TensorSpec(shape, v.dtype)
+
+        kinds = tf.nest.map_structure(lambda v: v if v is None else kind(v), batch)
+        key = id(step), self.seed is None, str(kinds)
+        if key not in self.entry.traces:
+            self.entry.traces[key] = step.get_concrete_function(*arguments, *kinds)
+        return self.entry.traces[key]
 
     def _checked(self, index, batch):
         """The state after one micro-batch alone, compared with the ordinary gradient.
@@ -171,121 +225,31 @@ class Stream:
           NotConserved: a variable's gradients do not add up.
           ValueError: examples act on each other.
         """
-        first = index == 0 or self.engine == "layerwise"
-        examined = self._examined(index, batch) if first and self.entry.pending else None
-        if examined is not None:
-            self._refuse(examined)
-            self.entry.wide = self.entry.wide or _is_tiny(examined.gradients)
-        state = self._one(self._step(single=True), None, *self._empty(), index, batch)
+        entry, examined = self.entry, None
+        if entry.pending and (index == 0 or self.engine == "layerwise"):
+            seeds = contract.seeds_for(self.model, self.seed, index)
+            examined = checking.examined(self.model, self.loss, batch, index, seeds, self.options)
+            checking.refuse(self.model, self.loss, examined, self.engine, self.options)
+            entry.wide = entry.wide or checking.are_tiny(examined.gradients)
+        state = self._one(self._step(single=True), None, None, *self._empty(), index, batch)
         if examined is None:
             return state
         if self.engine != "layerwise":
-            self.entry.pending = set()
-        elif int(state[1]) < 0 and all(
-            g is None or np.isfinite(g).all() for g in examined.gradients
-        ):
-            self._compare(state[0], examined)
+            entry.pending = set()
+        elif int(state[1]) < 0 and checking.are_finite(examined.gradients):
+            entry.pending -= checking.agreeing(self.model, state[0], examined.gradients)
         return state
 
-    def _examined(self, index, batch):
-        options = self.options
-        if options["training"] and options["batch_norm"] == "frozen":
-            modes = contract.frozen_batch_norm(self.model)
-        else:
-            modes = contextlib.nullcontext()
-        seeds = contract.seeds_for(self.model, self.seed, index)
-        try:
-            return examination.examine(
-                self.model,
-                self.loss,
-                batch,
-                [np.asarray(s) for s in seeds],
-                modes,
-                training=options["training"],
-                contributions=options["contributions"],
-            )
-        except tf.errors.OpError as error:
-            examples.check_labels(self.model, batch[1], index * examples.count(batch), error)
-            if options["contributions"] or not self._works_whole(batch):
-                raise
-            raise ValueError(
-                f"the loss {losses.name_of(self.loss)!r} of model {self.model.name!r} cannot be "
-                "computed for one example at a time. To measure each example's contribution to "
-                "the gradient of its micro-batch instead, pass contributions=True"
-            ) from error
+    def _step(self, groups=(), single=False, loops=False):
+        """A traced `(totals, scale, moments, bad, index, seed, *batch) -> (moments, bad)`.
 
-    def _works_whole(self, batch) -> bool:
-        """Whether Keras computes the loss of the whole micro-batch."""
-        x, y, sample_weight, _ = batch
-        try:
-            with keras.StatelessScope():
-                self.loss(x, y, self.model(x, training=False), sample_weight)
-        except Exception:  # whatever the user's own code raises
-            return False
-        return True
-
-    def _refuse(self, examined):
-        """Raises where an example has no gradient of its own, or its rows cannot be told."""
-        name, options = self.model.name, self.options
-        if options["contributions"]:
-            return
-        way_out = (
-            "so an example has no gradient of its own. To measure each example's contribution to "
-            "the gradient of its micro-batch instead, pass contributions=True"
-        )
-        if examined.loss_acts:
-            raise ValueError(
-                f"the loss {losses.name_of(self.loss)!r} of model {name!r} lets the examples of a "
-                f"batch act on each other, {way_out}"
-            )
-        asked = options["training"] and options["batch_norm"] == "batch"
-        if examined.mixing is not None and not asked:
-            layer = examined.mixing
-            raise ValueError(
-                f"layer {layer.name!r} ({type(layer).__name__}) of model {name!r} lets the "
-                f"examples of a batch act on each other, {way_out}"
-            )
-        if examined.scrambled is not None and self.engine == "layerwise":
-            raise conservation.NotConserved(
-                f"model {name!r}: the rows of layer {examined.scrambled.name!r} are not those of "
-                "the examples in turn, so their gradients cannot be told apart: use "
-                "engine='vectorized', or engine='auto', which does so by itself"
-            )
-
-    def _compare(self, moments, examined):
-        n = int(moments.count)
-        variables = self.model.trainable_variables
-        means = [np.asarray(m, np.float64) for m in moments.mean]
-        variances = [np.max(np.asarray(s, np.float64), initial=0) / n for s in moments.m2]
-        ordinary = [
-            np.zeros_like(mean) if g is None else g / n
-            for g, mean in zip(examined.gradients, means)
-        ]
-        precision = conservation.precision_of(self.model)
-        status = conservation.compared(variables, precision, means, ordinary, variances).numpy()
-        wrong = [v.path for v, s in zip(variables, status) if s == conservation.DIFFERS]
-        if wrong:
-            raise conservation.NotConserved(
-                f"model {self.model.name!r}: the per-example gradients of {', '.join(wrong)} do "
-                "not add up to the ordinary gradient: the variable is used outside the call of its "
-                "own layer, or a rule is wrong; use engine='vectorized', or engine='auto', which "
-                "does so by itself"
-            )
-        for j, (found, gradient) in enumerate(zip(status, examined.gradients)):
-            # Where the loss does not depend on it there is nothing to compare.
-            nothing = gradient is None and found == conservation.ZERO
-            if found == conservation.AGREES or nothing:
-                self.entry.pending.discard(j)
-
-    def _step(self, added=(), single=False):
-        """A traced `(totals, moments, bad, index, seed, x, y, weight, valid) -> (moments, bad)`.
-
-        The variables of `added` are added to the totals, in place. It holds the model by a weak
-        reference only, so that the cache keeps no model alive.
+        The gradients of the groups are added to the totals, in place, times the scale. It holds
+        the model by a weak reference only, so that the cache keeps no model alive. If it loops,
+        the batch is a window of micro-batches, of which the index is that of the first.
         """
         wide = self.entry.wide
         replicated = self.strategy is not None and not single
-        key = wide, replicated, added
+        key = wide, replicated, groups, loops
         if key in self.entry.step:
             return self.entry.step[key]
         reference = weakref.ref(self.model)
@@ -293,36 +257,74 @@ class Stream:
             weakref.proxy(self.model),
             losses.of_batch(weakref.proxy(self.model), self.given_loss),
             wide=wide,
-            **({"summed": added} if added else {}),
+            **({"summed": groups} if groups else {}),
             **self.options,
         )
         dtype = "float64" if wide else self.dtype
 
-        @tf.function(jit_compile=self.jit_compile, autograph=False, reduce_retracing=False)
-        def step(totals, moments, bad, index, seed, x, y, weight, valid):
+        def one(totals, scale, moments, bad, index, seed, x, y, weight, valid):
             seeds = contract.seeds_for(reference(), seed, index)
-            found = measure(x, y, weight, valid, seeds)
+            given = {} if scale is None else {"scale": scale}
+            found = measure(x, y, weight, valid, seeds, **given)
             wrong = valid & ~tf.math.is_finite(found.losses)
             here = index * tf.size(valid, tf.int64) + tf.argmax(wrong, output_type=tf.int64)
             bad = tf.where((bad < 0) & tf.reduce_any(wrong), here, bad)
-            if added:
+            if groups:
                 totals.add(found.sums)
             more = found.moments if dtype is None else found.moments.astype(dtype)
             return moments.merge(more), bad
 
+        def several(totals, scale, moments, bad, index, seed, *window):
+            *data, valid = window
+            rows = valid.shape[1]
+
+            def body(k, moments, bad):
+                part = tf.nest.map_structure(
+                    lambda v: None if v is None else _rows(v, k, rows), data
+                )
+                position = index + tf.cast(k, tf.int64)
+                return k + 1, *one(totals, scale, moments, bad, position, seed, *part, valid[k])
+
+            start = (tf.constant(0), moments, bad)
+            loop = tf.while_loop(
+                lambda k, *_: k < tf.shape(valid)[0], body, start, parallel_iterations=1
+            )
+            return loop[1:]
+
+        step = tf.function(several if loops else one, jit_compile=self.jit_compile, autograph=False)
         if replicated:
-            step = distributed.replicated(self.strategy, functools.partial(step, None))
+            step = distributed.replicated(self.strategy, functools.partial(step, None, None))
         self.entry.step[key] = step
         return step
 
 
 ROUNDS = 3  # of measuring again; then everything is merged
-TINY = 1e-12  # squares of gradients below may underflow in float32
 
 
-def _is_tiny(gradients) -> bool:
-    sizes = [np.abs(g).max() for g in gradients if g is not None and g.size]
-    return any(0 < size < TINY for size in sizes)
+def _rows(data, k, rows):
+    """The rows of the k-th micro-batch of a window."""
+
+    def some(v):
+        return tf.ensure_shape(v[k * rows : (k + 1) * rows], [rows, *v.shape[1:]])
+
+    return tf.nest.map_structure(lambda v: v if v is None else some(v), data)
+
+
+def _size(window) -> int:
+    """Of how many micro-batches it is."""
+    valid = window[-1]
+    return valid.shape[0] if valid.shape.rank == 2 else 1
+
+
+def _split(window) -> list:
+    """Its micro-batches one by one."""
+    *data, valid = window
+    if valid.shape.rank == 1:
+        return [window]
+    if valid.shape[0] == 1:
+        return [(*data, valid[0])]
+    rows = valid.shape[1]
+    return [(*_rows(data, k, rows), valid[k]) for k in range(valid.shape[0])]
 
 
 def _merged(a, b):

@@ -3,67 +3,49 @@
 Adding g and g^2 passes over the parameters a third as often as merging means and squared deviations
 does. What is lost is digits, where n mean^2 is nearly all of sum g^2. Variables of which the first
 micro-batch tells as much are merged (`Moments.merge`); where others turn out so at the end, the
-data are measured again. Index letters: n example, j variable.
+data are measured again. The many small variables of a model are added up as one vector. Index
+letters: n example, j variable.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Collection, Sequence
+from typing import NamedTuple
 
+import numpy as np
 import tensorflow as tf
 
-from tf_gsnr.gradients.dense_forms import CENTRED_BELOW
+from tf_gsnr.gradients.dense_forms import CENTRED_BELOW, product
 from tf_gsnr.moments import Moments
 
 MOST = 2**24  # examples: float32 counts no further
+VANISHED = 1e-34  # sums of squares below have lost digits in float32
+LARGE = 2**16  # parameters: such a variable is a group of its own
 
 
 class Sums(NamedTuple):
-    """Of n examples; what follows the loss are lists over the variables, of their shapes.
+    """Of n examples; lists over groups of variables.
 
     Attributes:
-      count: n, int64.
-      loss: the sum of the losses, float64.
       first, second: sum_n g[n] and sum_n g[n]^2; of a micro-batch also `tf.IndexedSlices`.
       difference, there: n+ - n- and n+ + n-, as floats; or empty lists.
     """
 
-    count: Any
-    loss: Any
     first: list
     second: list
-    difference: list
-    there: list
+    difference: list = []
+    there: list = []
 
     @classmethod
-    def accumulators(cls, variables: Sequence, sign_counts: bool) -> Sums:
+    def accumulators(cls, variables: Sequence, groups: Groups, sign_counts: bool) -> Sums:
         """Zeros that micro-batches can be added to: `tf.Variable`s."""
 
-        def zeros(shape, dtype):
-            return tf.Variable(tf.zeros(shape, dtype), trainable=False)
+        def zeros(group):
+            size = sum(product(variables[j].shape) for j in group)
+            shape = [size] if len(group) > 1 else variables[group[0]].shape
+            return tf.Variable(tf.zeros(shape, variables[group[0]].dtype), trainable=False)
 
-        lists = [[zeros(v.shape, v.dtype) for v in variables] for _ in range(4)]
-        lists = lists if sign_counts else [*lists[:2], [], []]
-        return cls(zeros([], tf.int64), zeros([], tf.float64), *lists)
-
-    @classmethod
-    def of(cls, moments: Moments) -> Sums:
-        """Of what moments were made of."""
-        n = moments.count
-        pairs = list(zip(moments.mean, moments.m2))
-        signs = [
-            (tf.cast(p, g.dtype), tf.cast(q, g.dtype))
-            for p, q, g in zip(moments.positives, moments.negatives, moments.mean)
-        ]
-        return cls(
-            n,
-            moments.loss * tf.cast(n, tf.float64),
-            [g * tf.cast(n, g.dtype) for g, _ in pairs],
-            [s + tf.cast(n, g.dtype) * tf.square(g) for g, s in pairs],
-            [p - q for p, q in signs],
-            [p + q for p, q in signs],
-        )
+        return cls(*([zeros(group) for group in groups] for _ in range(4 if sign_counts else 2)))
 
     def add(self, other: Sums):
         """Adds a micro-batch to accumulators, in place."""
@@ -73,26 +55,90 @@ class Sums(NamedTuple):
             else:
                 total.assign_add(value)
 
-    def moments(self):
-        """`(moments, [j] whether digits were lost)`."""
+    def moments(self, n: int, extreme: bool) -> tuple[tuple, list]:
+        """`((mean, m2, positives, negatives), where digits were lost)`, lists of numpy arrays.
+
+        Args:
+          n: the number of examples.
+          extreme: whether squares may have been too small or too large for float32.
+        """
         mean, m2, lost = [], [], []
         for first, second in zip(self.first, self.second):
-            n = tf.cast(tf.maximum(self.count, 1), first.dtype)
-            mean.append(first / n)
+            mean.append(first / max(n, 1))
             m2.append(second - first * mean[-1])
-            lost.append(cancels(m2[-1], second))
+            wrong = cancels(m2[-1], second)
+            if extreme:
+                vanished = (second < VANISHED) & tf.not_equal(first, 0)
+                wrong |= vanished | ~tf.math.is_finite(second)
+            lost.append(wrong if n < MOST or not self.there else tf.ones_like(wrong))
         signs = list(zip(self.difference, self.there))
         positives = [tf.cast((there + d) / 2, tf.int64) for d, there in signs]
         negatives = [tf.cast((there - d) / 2, tf.int64) for d, there in signs]
-        loss = self.loss / tf.cast(tf.maximum(self.count, 1), tf.float64)
-        moments = Moments(tf.identity(self.count), loss, mean, m2, positives, negatives)
-        lost = tf.stack(lost) if lost else tf.zeros([0], tf.bool)
-        return moments, lost | (self.count >= MOST if signs else False)
+        return tf.nest.map_structure(lambda v: v.numpy(), ((mean, m2, positives, negatives), lost))
+
+
+Groups = tuple  # of tuples of numbers of variables, each group one vector
+
+
+def groups_of(variables: Sequence, chosen: Collection) -> Groups:
+    """Each large variable alone, the small ones of a dtype together; of those chosen."""
+    small, groups = {}, []
+    for j in sorted(chosen):
+        if product(variables[j].shape) < LARGE:
+            small.setdefault(variables[j].dtype, []).append(j)
+        else:
+            groups.append((j,))
+    return (*groups, *map(tuple, small.values()))
+
+
+def grouped(groups: Groups, values: dict) -> list:
+    """Tensors of the groups, of those of the variables `{j: tensor}`."""
+
+    def vector(group):
+        if len(group) == 1:
+            return values[group[0]]
+        return tf.concat([tf.reshape(tf.convert_to_tensor(values[j]), [-1]) for j in group], 0)
+
+    return [vector(group) for group in groups]
+
+
+def apart(groups: Groups, values: Sequence, variables: Sequence) -> dict:
+    """`{j: array}` of numpy arrays of the groups, in the variables' shapes."""
+    found = {}
+    for group, value in zip(groups, values):
+        ends = np.cumsum([product(variables[j].shape) for j in group])
+        for j, part in zip(group, np.split(value.reshape(-1), ends[:-1])):
+            found[j] = part.reshape(variables[j].shape)
+    return found
+
+
+def joined(of_groups: Sequence, others: Moments, groups: Groups, variables: Sequence) -> Moments:
+    """Moments of all variables: of those in groups as `Sums.moments` has them, others in turn."""
+    lists = []
+    for values, rest in zip(of_groups, others[2:]):
+        found, size = apart(groups, values, variables), len(rest)
+        rest = iter(rest)
+        lists.append([found[j] if j in found else next(rest) for j in range(len(found) + size)])
+    return Moments(others.count, others.loss, *lists)
+
+
+def scale_for(moments: Moments) -> float:
+    """A power of two that brings the variables' gradients to around 1.
+
+    Their squares are then far from where float32 ends, on both sides.
+    """
+    n = max(int(moments.count), 1)
+    pairs = zip(moments.mean, moments.m2)
+    squares = [np.max(np.square(np.asarray(g)) + np.asarray(m2) / n, initial=0) for g, m2 in pairs]
+    exponents = [np.log2(square) / 2 for square in squares if 0 < square < np.inf]
+    if not exponents:
+        return 1.0
+    return float(2.0 ** -np.round((min(exponents) + max(exponents)) / 2))
 
 
 def cancels(m2, squares, below: float = CENTRED_BELOW):
-    """Whether, for some parameter, the spread is less than this share of sum_n g[n]^2."""
-    return tf.reduce_any(m2 < below * squares)
+    """Where the spread is less than this share of sum_n g[n]^2."""
+    return m2 < below * squares
 
 
 SUSPECT_BELOW = 0.1  # in the first micro-batch
@@ -106,23 +152,4 @@ def likely_to_cancel(moments: Moments) -> set:
         return set()
     pairs = enumerate(zip(moments.mean, moments.m2))
     squares = ((j, m2, m2 + tf.cast(n, g.dtype) * tf.square(g)) for j, (g, m2) in pairs)
-    return {j for j, m2, square in squares if cancels(m2, square, SUSPECT_BELOW)}
-
-
-def split(moments: Moments, chosen) -> tuple[Moments, Moments]:
-    """Of the variables chosen, and of the others."""
-
-    def some(wanted):
-        lists = ([v for j, v in enumerate(one) if (j in chosen) == wanted] for one in moments[2:])
-        return Moments(moments.count, moments.loss, *lists)
-
-    return some(True), some(False)
-
-
-def joined(of_chosen: Moments, others: Moments, chosen) -> Moments:
-    """What was split, in the order of the variables."""
-    lists = []
-    for a, b in zip(of_chosen[2:], others[2:]):
-        a, b, size = iter(a), iter(b), len(a) + len(b)
-        lists.append([next(a if j in chosen else b) for j in range(size)])
-    return Moments(of_chosen.count, of_chosen.loss, *lists)
+    return {j for j, m2, total in squares if tf.reduce_any(cancels(m2, total, SUSPECT_BELOW))}

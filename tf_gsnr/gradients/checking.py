@@ -1,0 +1,140 @@
+"""What a micro-batch must show before its gradients are believed; what is refused by name.
+
+Index letters: n example, j variable.
+"""
+
+from __future__ import annotations
+
+import contextlib
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from tf_gsnr.gradients import conservation, contract, examination, examples, losses
+
+
+def examined(model, loss, batch, index, seeds, options) -> examination.Examined:
+    """The micro-batch as Keras runs it.
+
+    Args:
+      loss: of `losses.of_batch`.
+      index: the number of the micro-batch.
+      seeds: a value per seed variable.
+      options: of the engine.
+
+    Raises:
+      ValueError: the loss cannot be computed for one example, or a label is outside the classes.
+    """
+    modes = contextlib.nullcontext()
+    if options["training"] and options["batch_norm"] == "frozen":
+        modes = contract.frozen_batch_norm(model)
+    try:
+        return examination.examine(
+            model,
+            loss,
+            batch,
+            [np.asarray(s) for s in seeds],
+            modes,
+            training=options["training"],
+            contributions=options["contributions"],
+        )
+    except tf.errors.OpError as error:
+        examples.check_labels(model, batch[1], index * examples.count(batch), error)
+        if options["contributions"] or not _works_whole(model, loss, batch):
+            raise
+        raise ValueError(
+            f"the loss {losses.name_of(loss)!r} of model {model.name!r} cannot be computed for one "
+            "example at a time. To measure each example's contribution to the gradient of its "
+            "micro-batch instead, pass contributions=True"
+        ) from error
+
+
+def _works_whole(model, loss, batch) -> bool:
+    """Whether Keras computes the loss of the whole micro-batch."""
+    x, y, sample_weight, _ = batch
+    try:
+        with keras.StatelessScope():
+            loss(x, y, model(x, training=False), sample_weight)
+    except Exception:  # whatever the user's own code raises
+        return False
+    return True
+
+
+def refuse(model, loss, seen: examination.Examined, engine: str, options):
+    """Raises where an example has no gradient of its own, or its rows cannot be told.
+
+    Raises:
+      ValueError: examples act on each other.
+      NotConserved: a layer's rows are not those of the examples in turn.
+    """
+    if options["contributions"]:
+        return
+    way_out = (
+        "so an example has no gradient of its own. To measure each example's contribution to the "
+        "gradient of its micro-batch instead, pass contributions=True"
+    )
+    if seen.loss_acts:
+        raise ValueError(
+            f"the loss {losses.name_of(loss)!r} of model {model.name!r} lets the examples of a "
+            f"batch act on each other, {way_out}"
+        )
+    asked = options["training"] and options["batch_norm"] == "batch"
+    if seen.mixing is not None and not asked:
+        layer = seen.mixing
+        raise ValueError(
+            f"layer {layer.name!r} ({type(layer).__name__}) of model {model.name!r} lets the "
+            f"examples of a batch act on each other, {way_out}"
+        )
+    if seen.scrambled is not None and engine == "layerwise":
+        raise conservation.NotConserved(
+            f"model {model.name!r}: the rows of layer {seen.scrambled.name!r} are not those of "
+            "the examples in turn, so their gradients cannot be told apart: use "
+            "engine='vectorized', or engine='auto', which does so by itself"
+        )
+
+
+def agreeing(model, moments, gradients) -> set:
+    """The variables j whose mean is the ordinary gradient.
+
+    Not among them are those of which both are zero, as long as the loss depends on them.
+
+    Args:
+      moments: of the micro-batch.
+      gradients: of `examination.Examined`.
+
+    Raises:
+      NotConserved: a variable's is another.
+    """
+    n = int(moments.count)
+    variables = model.trainable_variables
+    means = [np.asarray(m, np.float64) for m in moments.mean]
+    variances = [np.max(np.asarray(s, np.float64), initial=0) / n for s in moments.m2]
+    ordinary = [np.zeros_like(m) if g is None else g / n for g, m in zip(gradients, means)]
+    precision = conservation.precision_of(model)
+    status = conservation.compared(variables, precision, means, ordinary, variances).numpy()
+    wrong = [v.path for v, s in zip(variables, status) if s == conservation.DIFFERS]
+    if wrong:
+        raise conservation.NotConserved(
+            f"model {model.name!r}: the per-example gradients of {', '.join(wrong)} do not add up "
+            "to the ordinary gradient: the variable is used outside the call of its own layer, or "
+            "a rule is wrong; use engine='vectorized', or engine='auto', which does so by itself"
+        )
+    return {
+        j
+        for j, (found, gradient) in enumerate(zip(status, gradients))
+        if found == conservation.AGREES or gradient is None and found == conservation.ZERO
+    }
+
+
+TINY = 1e-12  # squares of gradients below may underflow in float32
+
+
+def are_tiny(gradients) -> bool:
+    """Whether of some variable they are, all of them."""
+    sizes = [np.abs(g).max() for g in gradients if g is not None and g.size]
+    return any(0 < size < TINY for size in sizes)
+
+
+def are_finite(gradients) -> bool:
+    return all(g is None or np.isfinite(g).all() for g in gradients)
