@@ -3,8 +3,8 @@
     python benchmarks/gpu.py [--export FOLDER] [--networks mnist:512,resnet18:32]
 
 With `--export` each compiled method is written as an XLA program (`NAME.hlo.pb`) with its inputs
-and outputs (`NAME.npz`), for machines that have the accelerator but not TensorFlow. Where
-TensorFlow sees a GPU, the methods are run in turn and their times printed.
+and outputs (`NAME.npz`), which `exported.py` runs on a machine that has the accelerator but not
+TensorFlow. Where TensorFlow sees a GPU, the methods are run in turn and their times printed.
 """
 
 from __future__ import annotations
