@@ -67,6 +67,30 @@ def test_all_rows_in_order_in_batches_of_one_size(kind, batch_size):
     assert found == plain(whole) and sum(sizes) == N
 
 
+@pytest.mark.parametrize("batch_size", [1, 3, 10, 64])
+@pytest.mark.parametrize("most", [1, 2, 16])
+@pytest.mark.parametrize("kind", ["numpy", "tensor", "dataset", "ragged", "sparse", "strings"])
+def test_windows_hold_the_same_micro_batches(kind, most, batch_size, monkeypatch):
+    monkeypatch.setattr(examples, "TOGETHER", most)
+    data = (X, Y, W) if kind in ("numpy", "dataset") else (KINDS[kind], Y, None)
+    if kind == "dataset":
+        data = (tf.data.Dataset.from_tensor_slices(data).batch(4), None, None)
+    one_by_one = list(examples.micro_batches(*data, batch_size))
+    rows = []
+    for *window, valid in examples.windows(*data, batch_size):
+        if kind in ("ragged", "sparse", "strings"):  # as they are
+            assert valid.shape.rank == 1
+            rows.append([*map(plain, filter(lambda v: v is not None, window)), plain(valid)])
+            continue
+        k, n = valid.shape
+        assert 1 <= k <= most and all(v.shape[0] == k * n for v in window if v is not None)
+        for i in range(k):
+            parts = (v[i * n : (i + 1) * n] for v in window if v is not None)
+            rows.append([*map(plain, parts), plain(valid[i])])
+    wanted = [[plain(v) for v in batch if v is not None] for batch in one_by_one]
+    assert rows == wanted
+
+
 @pytest.mark.parametrize("kind", ["ragged", "ragged, equal lengths", "sparse", "sparse, rank 3"])
 def test_sparse_and_ragged_stay_so_and_shapes_do_not_vary(kind):
     data = KINDS[kind]

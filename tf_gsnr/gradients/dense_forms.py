@@ -88,7 +88,7 @@ class Form:
         for block in self.blocks():
             g = block()
             if places.whole or len(self.blocks()) == 1:
-                parts.append(g if places.whole else tf.gather(g, places.flat, axis=1))
+                parts.append(g if places.whole else columns_of(g, places))
                 continue
             inside = places.flat - start
             start += g.shape[1]
@@ -347,6 +347,12 @@ def tiles_of(v, index):
             return tf.gather(v, first // a, axis=-2)
     v = tf.gather(v, index.reshape(-1), axis=-1)
     return tf.reshape(v, tf.concat([lead, [m, a]], 0))
+
+
+def columns_of(g, places):
+    """`g [n, j]` at the places: `[n, k]`."""
+    runs = places.tiles.reshape(-1, places.tiles.shape[-1])
+    return tf.reshape(tiles_of(g, runs), [-1, places.size])
 
 
 def products_of_tiles(x, dz):
