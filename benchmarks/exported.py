@@ -19,6 +19,8 @@ import jax
 import numpy as np
 from jax._src.lib import xla_client  # a program of another framework has no public way in
 
+jax.config.update("jax_enable_x64", True)  # labels are int64
+
 WORST = 1e-2  # of the largest output; a GPU's TF32 gives about 1e-3
 
 
