@@ -438,3 +438,20 @@ def test_a_wrong_rule_is_refused():
 def test_register_rule_wants_a_layer_class():
     with pytest.raises(TypeError, match="keras.layers.Layer"):
         tf_gsnr.register_rule(3)
+
+
+@pytest.mark.parametrize("engine", [layerwise, vectorized], ids=["layerwise", "vectorized"])
+def test_xla_takes_no_data_for_constant(engine):
+    """Else it compiles anew at every call: data and weights are parameters of the program."""
+    model = keras.Sequential([keras.Input([5]), keras.layers.Dense(3, "relu")])
+    loss = losses.of_batch(model, keras.losses.MeanSquaredError())
+    measure = engine.build(model, loss)
+
+    @tf.function(autograph=False, jit_compile=True)
+    def moments(x, y):
+        found = measure(x, y).moments
+        return found.mean, found.m2
+
+    program = moments.experimental_get_compiler_ir(tf.ones([4, 5]), tf.ones([4, 3]))(stage="hlo")
+    entry = program[program.index("ENTRY") :]
+    assert sum(" parameter(" in line for line in entry.splitlines()) == 4  # x, y, kernel, bias

@@ -270,7 +270,32 @@ def _key_counter(node):
     ]
 
 
+def _reduction(op):
+    """A reduction whose axes are constants, as XLA wants those of its gradient to be.
+
+    TensorFlow's own converter computes them from a comparison. That is the same number each time,
+    but not one that XLA sees: it takes all that the gradient depends on for constant, and compiles
+    anew at every call.
+    """
+
+    def converter(pfor_input):
+        t, axes = pfor_input.stacked_input(0), pfor_input.unstacked_input(1)
+        known = tf.get_static_value(axes)
+        if known is None:
+            axes += tf.cast(axes >= 0, axes.dtype)
+        else:
+            axes = tf.constant(known + (known >= 0), axes.dtype)
+        return _pfor.wrap(op(t, axes, keepdims=pfor_input.get_attr("keep_dims")), True)
+
+    return converter
+
+
 _CONVERTERS = {
+    "Sum": _reduction(tf.reduce_sum),
+    "Mean": _reduction(tf.reduce_mean),
+    "Max": _reduction(tf.reduce_max),
+    "Min": _reduction(tf.reduce_min),
+    "Prod": _reduction(tf.reduce_prod),
     "Conv2DBackpropFilter": _filter_gradient(convolution.kernel_gradients),
     "Conv3DBackpropFilterV2": _filter_gradient(convolution.kernel_gradients),
     "DepthwiseConv2dNativeBackpropFilter": _filter_gradient(convolution.depthwise_kernel_gradients),
