@@ -86,9 +86,9 @@ def measured(name, batch, seconds):
             run()
             found.append(time.perf_counter() - start)
     ratios = []
-    for ten, twenty in (times[1:3], times[3:5]):
-        ratios.append(statistics.median(a / p for a, p in zip(ten, times[0])))
-        more = ((b - a) / p for a, b, p in zip(ten, twenty, times[0]))
+    for once, twice in (times[1:3], times[3:5]):
+        ratios.append(statistics.median(a / p for a, p in zip(once, times[0])))
+        more = ((b - a) / p for a, b, p in zip(once, twice, times[0]))
         ratios.append(statistics.median(more))
     return 1000 * statistics.median(times[0]) / MANY, *ratios
 

@@ -138,7 +138,9 @@ class Moments(NamedTuple):
 
     def numpy(self) -> Moments:
         """The same moments as numpy arrays."""
-        return tf.nest.map_structure(lambda v: np.array(v) if tf.is_tensor(v) else v, self)
+        return tf.nest.map_structure(
+            lambda v: np.array(v) if tf.is_tensor(v) else np.asarray(v), self
+        )
 
 
 def _float64(value):

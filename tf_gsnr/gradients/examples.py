@@ -85,12 +85,11 @@ def windows(x, y, sample_weight, batch_size: int, size: int | None = None) -> It
     dtype = None if is_stream(x) else keras.config.floatx()
     if not is_stream(x):
         x, y, sample_weight = _checked(x, y, sample_weight)
-    row = _bytes_of_a_row(x, y, sample_weight)
-    if row is None:
-        return _cut(_batches(x, y, sample_weight, batch_size), batch_size, True, size, dtype)
-    k = TOGETHER_BYTES // max(1, row * (size or batch_size))
-    k = max(1, min(TOGETHER, k))
-    return _cut(_batches(x, y, sample_weight, batch_size * k), batch_size, True, size, dtype, k)
+    row, k = _bytes_of_a_row(x, y, sample_weight), None
+    if row is not None:
+        k = max(1, min(TOGETHER, TOGETHER_BYTES // max(1, row * (size or batch_size))))
+    batches = _batches(x, y, sample_weight, batch_size * (k or 1))
+    return _cut(batches, batch_size, True, size, dtype, k)
 
 
 def _bytes_of_a_row(x, y, sample_weight) -> int | None:
@@ -127,7 +126,7 @@ def _cut(batches, batch_size, fill, size, dtype, together=None):
         for start in range(0, n, step):
             stop = min(start + step, n)
             taken = slice(start, stop)
-            end = start - (start - stop) // size * size if fill else stop
+            end = start + -(-(stop - start) // size) * size if fill else stop
             if stop < end:
                 taken = np.minimum(np.arange(start, end), n - 1)
             valid = np.arange(start, end) < n

@@ -17,13 +17,20 @@ ADVICE = (
 )
 
 
+_CONVOLUTIONS = tuple(
+    layer
+    for name, layer in vars(keras.layers).items()
+    if isinstance(layer, type) and "Conv" in name  # and what is derived from them
+)
+
+
 def warn_if_off(model: keras.Model):
     """Says so once, where it is off and the model would gain by it: convolutions on an x86 CPU."""
     if platform.machine().lower() not in ("x86_64", "amd64") or is_on() is not False:
         return
     if tf.config.list_logical_devices("GPU") or tf.config.list_logical_devices("TPU"):
         return
-    if any("Conv" in type(layer).__name__ for layer in contract.sublayers(model)):
+    if any(isinstance(layer, _CONVOLUTIONS) for layer in contract.sublayers(model)):
         logging.log_first_n(logging.WARNING, ADVICE, 1)
 
 

@@ -118,40 +118,42 @@ class Stream:
     def _all(self, batches, adds_up):
         """`(moments, bad, the variables that lost digits)`."""
         entry, batches = self.entry, iter(batches)
-        begin = list(itertools.islice(batches, 2))
+        begin = list(itertools.islice(batches, 1))
         if not begin:
             raise ValueError("x has no examples; expected at least one")
-        first, several = _split(begin[0])[0], len(begin) > 1 or _size(begin[0]) > 1
+        if _size(begin[0]) == 1:
+            begin += itertools.islice(batches, 1)
+        first, *others = [batch for window in begin for batch in _split(window)]
         checked = None
         if entry.pending or self.strategy is not None:
             checked = self._checked(0, first)
-        batches = itertools.chain(begin, batches)
         if self.strategy is not None:
-            rest = itertools.islice(batches, 1, None)
             rest = distributed.stream(
-                self.strategy, self._step(), self._empty(), self.seed, rest, start=1
+                self.strategy,
+                self._step(),
+                self._empty(),
+                self.seed,
+                itertools.chain(others, batches),
+                start=1,
             )
             return *_merged(checked, rest), set()
         groups, totals, scale = (), None, None
-        if adds_up and several and not entry.pending:
+        if adds_up and others and not entry.pending:
             groups, totals, scale = self._accumulators(checked, first)
             checked = None  # it is measured once more, that a second call finds the same
-        state, index = self._empty(groups), 0
+        if checked is None:
+            state, index, batches = self._empty(groups), 0, itertools.chain(begin, batches)
+        else:
+            state, index, batches = checked, 1, itertools.chain(others, batches)
         for window in batches:
-            if checked is not None and index == 0 or entry.pending:
-                for batch in _split(window):  # to be compared one by one
-                    if index == 0 and checked is not None:
-                        state = checked
-                    elif entry.pending:
-                        state = _merged(state, self._checked(index, batch))
-                    else:
-                        state = self._one(self._step(), None, None, *state, index, batch)
+            if entry.pending:  # to be compared one by one
+                for batch in _split(window):
+                    state = _merged(state, self._checked(index, batch))
                     index += 1
                 continue
             if _size(window) == 1 and not groups:
                 window = _split(window)[0]
-            loops = window[-1].shape.rank == 2
-            step = self._step(groups, loops=loops)
+            step = self._step(groups, loops=window[-1].shape.rank == 2)
             state = self._one(step, totals, scale, *state, index, window)
             index += _size(window)
         if not groups:
@@ -209,8 +211,7 @@ class Stream:
         loops = batch[-1].shape.rank == 2  # over any number of micro-batches
 
         def kind(v):
-            shape = [None, *v.shape[1:]] if loops else v.shape
-            return None if v is None else tf.TensorSpec(shape, v.dtype)
+            return tf.TensorSpec([None, *v.shape[1:]] if loops else v.shape, v.dtype)
 
         kinds = tf.nest.map_structure(lambda v: v if v is None else kind(v), batch)
         key = id(step), self.seed is None, str(kinds)
@@ -279,9 +280,7 @@ class Stream:
             rows = valid.shape[1]
 
             def body(k, moments, bad):
-                part = tf.nest.map_structure(
-                    lambda v: None if v is None else _rows(v, k, rows), data
-                )
+                part = _rows(data, k, rows)
                 position = index + tf.cast(k, tf.int64)
                 return k + 1, *one(totals, scale, moments, bad, position, seed, *part, valid[k])
 
