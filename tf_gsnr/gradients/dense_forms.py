@@ -88,7 +88,7 @@ class Form:
         for block in self.blocks():
             g = block()
             if places.whole or len(self.blocks()) == 1:
-                parts.append(g if places.whole else columns_of(g, places))
+                parts.append(g if places.whole else gathered(g, places.flat))
                 continue
             inside = places.flat - start
             start += g.shape[1]
@@ -258,9 +258,7 @@ class Outer(Form):
         tiles = None if places.whole else places.product(dz.shape[-1])
         if tiles is not None and MANY * places.size < product(self.shape):
             # Each tile is a small `Outer`: m n a.
-            x, dz = (
-                tf.transpose(tiles_of(v, index), [1, 0, 2]) for v, index in zip((x, dz), tiles)
-            )
+            x, dz = (tiles_first(v, index) for v, index in zip((x, dz), tiles))
             index = None
         else:
             index = None if places.whole else places.flat
@@ -275,7 +273,7 @@ class Outer(Form):
             sums = tf.reshape(tf.matmul(x, dz, transpose_a=True), [-1, places.size])
         else:
             sums = tf.stack([products(fn) for fn in kinds])
-        sums = sums if index is None else tf.gather(sums, index, axis=1)
+        sums = sums if index is None else gathered(sums, index)
         return moments_from_sums(sums, n, lambda: moments_of(self.sample(places), n, False))
 
 
@@ -336,23 +334,35 @@ def _counts(*signs):
     return (there + difference) / 2, (there - difference) / 2
 
 
+def gathered(v, index):
+    """`v [..., j]` at the places `index [k]`, a numpy array: `[..., k]`; copied in runs."""
+    run = _run(index, v.shape[-1])
+    if run == 1:
+        return tf.gather(v, index, axis=-1)
+    lead = tf.shape(v)[:-1]
+    v = tf.reshape(v, tf.concat([lead, [v.shape[-1] // run, run]], 0))
+    v = tf.gather(v, index[::run] // run, axis=-2)
+    return tf.reshape(v, tf.concat([lead, index.shape], 0))
+
+
+def _run(index, *lengths):
+    """The largest number by which these lengths and `index` divide into runs of neighbours."""
+    starts = np.flatnonzero(np.diff(index, prepend=index[0]) != 1)
+    return int(np.gcd.reduce([*lengths, index.size, *starts, *index[starts]]))
+
+
 def tiles_of(v, index):
     """`v [..., c]` at the columns `index [m, a]`: `[..., m, a]`."""
-    m, a = index.shape
-    lead, last = tf.shape(v)[:-1], v.shape[-1]
-    first = index[:, 0]
-    if a > 1 and last % a == 0 and (index == first[:, np.newaxis] + np.arange(a)).all():
-        if not (first % a).any():  # a whole tile is copied at a time
-            v = tf.reshape(v, tf.concat([lead, [last // a, a]], 0))
-            return tf.gather(v, first // a, axis=-2)
-    v = tf.gather(v, index.reshape(-1), axis=-1)
-    return tf.reshape(v, tf.concat([lead, [m, a]], 0))
+    tiles = gathered(v, index.reshape(-1))
+    return tf.reshape(tiles, tf.concat([tf.shape(v)[:-1], index.shape], 0))
 
 
-def columns_of(g, places):
-    """`g [n, j]` at the places: `[n, k]`."""
-    runs = places.tiles.reshape(-1, places.tiles.shape[-1])
-    return tf.reshape(tiles_of(g, runs), [-1, places.size])
+def tiles_first(v, index):
+    """`v [n, c]` at the columns `index [m, a]`: `[m, n, a]`, without a transposition."""
+    n, c = tf.shape(v)[0], v.shape[-1]
+    run = _run(index.reshape(-1), c, index.shape[1])
+    runs = tf.range(n)[:, tf.newaxis] * (c // run) + (index[:, np.newaxis, ::run] // run)
+    return tf.reshape(tf.gather(tf.reshape(v, [-1, run]), runs), [len(index), n, index.shape[1]])
 
 
 def products_of_tiles(x, dz):

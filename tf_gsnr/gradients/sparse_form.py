@@ -12,6 +12,7 @@ import tensorflow as tf
 from tf_gsnr.gradients.dense_forms import (
     Form,
     Outer,
+    gathered,
     moments_from_sums,
     product,
     products_of_tiles,
@@ -163,7 +164,8 @@ class Sparse(Form):
             found = wide.moments(tf.cast(n, tf.float64), None)
             return [tf.gather(tf.reshape(v, [-1]), index) for v in found]
 
-        return moments_from_sums(tf.gather(tf.reshape(sums, [-1]), places), n, centred)
+        sums = gathered(tf.reshape(sums, [-1]), places.reshape(-1))
+        return moments_from_sums(tf.reshape(sums, places.shape), n, centred)
 
 
 class Tied(Form):

@@ -133,8 +133,9 @@ class GSNRMeter(keras.metrics.Metric):
         )
         square = tf.square(mean)
         # |g|^2, sum m2 and sum m2^2 of each variable: [v] each.
-        sums = tf.stack([square, m2, tf.square(m2)], 1) * self.sample.weights[:, np.newaxis]
-        squares, spreads, diagonal = tf.unstack(self.sample.sums(sums), axis=1)
+        squares, spreads, diagonal = (
+            self.sample.sums(self.sample.weights * v) for v in (square, m2, tf.square(m2))
+        )
         if totals is not None:
             known = tf.math.is_finite(totals) & tf.math.is_finite(squares)
             squares, spreads = tf.unstack(tf.where(known, totals, tf.stack([squares, spreads])))

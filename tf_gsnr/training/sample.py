@@ -12,7 +12,7 @@ import numpy as np
 import tensorflow as tf
 
 from tf_gsnr import arrays
-from tf_gsnr.gradients import forms, places
+from tf_gsnr.gradients import dense_forms, forms, places
 
 SIZE = 2**13  # parameters in a sample, unless told otherwise
 LEAST, LEAST_OF_LAYERS = 64, 512  # of a variable, if it has as many; where layers are shown
@@ -55,9 +55,9 @@ class Sample:
             return tf.zeros([there.size])
         if isinstance(value, tf.IndexedSlices) and not there.whole:
             form, index = table(value, there.shape).at(there)
-            return tf.gather(tf.reshape(form.total(), [-1]), index)
+            return dense_forms.gathered(tf.reshape(form.total(), [-1]), index)
         flat = tf.reshape(tf.convert_to_tensor(value), [-1])
-        return flat if there.whole else tf.gather(flat, there.flat)
+        return flat if there.whole else dense_forms.gathered(flat, there.flat)
 
     def sums(self, values):
         """The sums over each variable's sampled parameters; `[k, ...]` to `[v, ...]`."""
