@@ -40,7 +40,8 @@ import tensorflow as tf  # noqa: E402
 from engines import interleaved  # noqa: E402
 
 from tf_gsnr import data, models  # noqa: E402
-from tf_gsnr.experiments import chunks, descent, one_step  # noqa: E402
+from tf_gsnr.descent import microbatches, single  # noqa: E402
+from tf_gsnr.experiments.osgr import one_step  # noqa: E402
 from tf_gsnr.models import per_example  # noqa: E402
 
 MODELS = 100
@@ -49,7 +50,7 @@ INFINITY = tf.constant(np.inf, tf.float64)
 
 
 def chunks_of(x, y, batch=500):
-    return chunks.of_data(x, y, batch)
+    return microbatches.of_data(x, y, batch)
 
 
 def osgr_epochs(n, width):
@@ -63,7 +64,7 @@ def osgr_epochs(n, width):
         return chunks_of(x, rng.integers(0, 10, n))
 
     train, test = images(n), images(10_000)
-    functions = descent.build_replicas(model, loss, 1e-3, 1)
+    functions = single.build_replicas(model, loss, 1e-3, 1)
     start = [w[None] for w in model.get_weights()]
     own = train[0][None], train[1][None], train[2]
 
@@ -111,9 +112,9 @@ def toy_steps(n, width, steps):
     model = models.build("toy_mlp", (2,), 1, width, seed=0)
     sets = [chunks_of(*source.draw(n, rng)) for _ in range(MODELS)]
     own = tf.stack([s[0] for s in sets]), tf.stack([s[1] for s in sets]), sets[0][2]
-    many = descent.build_replicas(model, "mse", 1e-3, MODELS)
+    many = single.build_replicas(model, "mse", 1e-3, MODELS)
     start = [np.stack([w] * MODELS) for w in model.get_weights()]
-    one = descent.build(model, "mse", 1e-3)
+    one = single.build(model, "mse", 1e-3)
     loss_fn = per_example("mse")
     optimizer = keras.optimizers.SGD(1e-3)
     optimizer.build(model.trainable_variables)

@@ -56,7 +56,8 @@ def serve(name, path):
     import tensorflow as tf
     from resources import peak_mib, steady
 
-    from tf_gsnr.gradients import layerwise, losses
+    from tf_gsnr.gradients import losses
+    from tf_gsnr.gradients.layerwise import engine as layerwise
     from tf_gsnr.models import per_example
 
     data = dict(np.load(path))

@@ -18,7 +18,9 @@ import tensorflow as tf
 
 import tf_gsnr
 from tf_gsnr import data, progress, records
-from tf_gsnr.experiments import Workbench, data_parallel, osgr
+from tf_gsnr.descent import devices
+from tf_gsnr.experiments import Workbench
+from tf_gsnr.experiments.osgr import run as osgr
 
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=[52, 6]).astype("float32")
@@ -86,9 +88,9 @@ def mirrored():
 def worker():
     strategy = tf.distribute.MultiWorkerMirroredStrategy()
     yield moments(strategy)
-    data_parallel.check_same_start(strategy, {"epoch": 3}, "runs/mine")
+    devices.check_same_start(strategy, {"epoch": 3}, "runs/mine")
     try:
-        data_parallel.check_same_start(strategy, data_parallel.worker(strategy), "runs/mine")
+        devices.check_same_start(strategy, devices.worker(strategy), "runs/mine")
     except ValueError as error:
         yield str(error)
 

@@ -12,7 +12,8 @@ from absl.testing import flagsaver
 
 import tf_gsnr.main
 from tf_gsnr import records
-from tf_gsnr.plots import claims, freezing
+from tf_gsnr.experiments.freezing import figure as freezing
+from tf_gsnr.plots import claims
 from tf_gsnr.report import __main__ as report
 from tf_gsnr.report import document, runs
 

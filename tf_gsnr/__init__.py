@@ -9,10 +9,10 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "Moments": "tf_gsnr.moments",
-    "gradient_moments": "tf_gsnr.gradients",
+    "gradient_moments": "tf_gsnr.gradients.measure",
     "check_engine": "tf_gsnr.gradients.diagnosis",
     "explain": "tf_gsnr.gradients.diagnosis",
-    "register_rule": "tf_gsnr.gradients.rules",
+    "register_rule": "tf_gsnr.gradients.layerwise.rules",
     "gsnr": "tf_gsnr.metrics",
     "same_sign": "tf_gsnr.metrics",
     "noise_scale": "tf_gsnr.metrics",

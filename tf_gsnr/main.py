@@ -221,7 +221,7 @@ def _shard():
 
 def _strategy(experiment):
     """The strategy of the flag, or None."""
-    from tf_gsnr.experiments import data_parallel
+    from tf_gsnr.descent import devices as data_parallel
 
     if FLAGS.strategy == "none":
         return None
@@ -280,15 +280,17 @@ def run(argv):
     """Runs the experiment that the flags describe and returns its run directory."""
     if len(argv) > 1:
         raise ValueError(f"unexpected arguments {argv[1:]}: every option is a --flag=value")
-    from tf_gsnr import data, experiments, gradients  # imports TensorFlow
-    from tf_gsnr.experiments import data_parallel, runner
+    from tf_gsnr import data, experiments  # imports TensorFlow
+    from tf_gsnr.descent import devices as data_parallel
+    from tf_gsnr.experiments.framework import runner
+    from tf_gsnr.gradients import engines
 
     experiment = experiments.load(FLAGS.experiment)
     _quieten_tensorflow()
     strategy = _strategy(experiment)  # before anything else of TensorFlow runs
-    gradients.check_engine_name(FLAGS.engine)
+    engines.check_name(FLAGS.engine)
     jit = {"auto": "auto", "true": True, "false": False}[FLAGS.jit_compile]
-    jit = gradients.resolve_jit_compile(jit)
+    jit = engines.resolve_jit_compile(jit)
     _check_flags(experiment.Settings._fields)
     settings = experiment.settings(**_flag_values(experiment.Settings._fields))
     configurations = experiment.configurations(settings)

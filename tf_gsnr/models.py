@@ -191,7 +191,7 @@ LOSSES: dict[str, Callable] = {"linear_svm": hinge}  # of the others, see `loss`
 
 
 def loss(name: str, classes):
-    """The loss of the named network, as `gradients.gradient_moments` takes it.
+    """The loss of the named network, as `measure.gradient_moments` takes it.
 
     Args:
       name: as in `build`.

@@ -24,10 +24,10 @@ import numpy as np
 from tf_gsnr import lookup
 
 EXPERIMENTS = {
-    "osgr": "tf_gsnr.experiments.osgr",
-    "dynamics": "tf_gsnr.experiments.dynamics",
-    "freezing": "tf_gsnr.experiments.freezing",
-    "weights": "tf_gsnr.experiments.weights",
+    "osgr": "tf_gsnr.experiments.osgr.run",
+    "dynamics": "tf_gsnr.experiments.dynamics.run",
+    "freezing": "tf_gsnr.experiments.freezing.run",
+    "weights": "tf_gsnr.experiments.weights.run",
 }
 
 
@@ -60,10 +60,10 @@ class Workbench(NamedTuple):
         Raises:
           ValueError: the engine that was asked for does not.
         """
-        from tf_gsnr import gradients  # looking at a run needs no TensorFlow
+        from tf_gsnr.gradients import measure
 
         x, y = self.source.draw(16, np.random.default_rng(0))
-        return gradients.chosen_engine(model, x, y, loss, self.engine)
+        return measure.chosen_engine(model, x, y, loss, self.engine)
 
 
 CONTRACT = ("Settings", "GRID", "settings", "configurations", "epochs", "work", "run")

@@ -11,15 +11,10 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from tf_gsnr.gradients import (
-    capture,
-    contract,
-    examples,
-    layerwise,
-    losses,
-    rules,
-    vectorized,
-)
+from tf_gsnr.gradients import contract, examples, losses
+from tf_gsnr.gradients.layerwise import capture, rules
+from tf_gsnr.gradients.layerwise import engine as layerwise
+from tf_gsnr.gradients.vectorized import engine as vectorized
 
 
 class Table(list):

@@ -12,7 +12,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from tf_gsnr.gradients import capture, contract, examples, independence, losses
+from tf_gsnr.gradients import contract, examples, independence, losses
+from tf_gsnr.gradients.layerwise import capture
 
 
 def kept_variables(model, loss=None):

@@ -13,7 +13,8 @@ from collections.abc import Callable
 import keras
 import tensorflow as tf
 
-from tf_gsnr.gradients import example_map, examples
+from tf_gsnr.gradients import examples
+from tf_gsnr.gradients.vectorized import example_map
 
 
 class _WithLoss(keras.Model):

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 import tensorflow as tf
 
-from tf_gsnr.gradients.dense_forms import CENTRED_BELOW, product
+from tf_gsnr.gradients.layerwise.dense_forms import CENTRED_BELOW, product
 from tf_gsnr.moments import Moments
 
 MOST = 2**24  # examples: float32 counts no further

@@ -15,7 +15,10 @@ from pathlib import Path
 from types import ModuleType
 
 from tf_gsnr import lookup
-from tf_gsnr.plots import dynamics, freezing, osgr, weights
+from tf_gsnr.experiments.dynamics import figure as dynamics
+from tf_gsnr.experiments.freezing import figure as freezing
+from tf_gsnr.experiments.osgr import figure as osgr
+from tf_gsnr.experiments.weights import figure as weights
 from tf_gsnr.plots.style import plt
 
 FIGURES = {"osgr": osgr, "dynamics": dynamics, "freezing": freezing, "weights": weights}

@@ -13,9 +13,9 @@ import tensorflow as tf
 from absl import logging
 
 import tf_gsnr
-from tf_gsnr import gradients, metrics
+from tf_gsnr import metrics
+from tf_gsnr.gradients import engines, losses, measure
 from tf_gsnr.gradients import examples as data
-from tf_gsnr.gradients import losses
 from tf_gsnr.records import RunDirectory
 from tf_gsnr.training import gap, probe, schedule, tensorboard
 
@@ -119,7 +119,7 @@ class GSNRCallback(keras.callbacks.Callback):
         unknown = set(options) - set(_OPTIONS)
         if unknown:
             raise ValueError(f"unknown arguments {sorted(unknown)}; available: {list(_OPTIONS)}")
-        gradients.check_engine_name(options.get("engine", "auto"))
+        engines.check_name(options.get("engine", "auto"))
         self._options = dict(options, sample_weight=sample_weight, sign_counts=sign_counts)
         self._batch_size = options.get("batch_size", 256)
         self._examples = examples or data.count(self._x)
@@ -161,7 +161,7 @@ class GSNRCallback(keras.callbacks.Callback):
             x, y = data.Batches([batch[:3]]), None
         else:
             x, y = (data.rows(v, slice(0, self._batch_size)) for v in (self._x, self._y))
-        gradients.gradient_moments(self.model, x, y, **dict(self._options, sample_weight=None))
+        measure.gradient_moments(self.model, x, y, **dict(self._options, sample_weight=None))
 
     def on_epoch_begin(self, epoch, logs=None):
         self._epoch = epoch

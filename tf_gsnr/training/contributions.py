@@ -10,8 +10,10 @@ import numpy as np
 import tensorflow as tf
 
 from tf_gsnr import arrays
-from tf_gsnr.gradients import conservation, dense_forms, layerwise
-from tf_gsnr.gradients.dense_forms import concatenated, moments_of
+from tf_gsnr.gradients import conservation
+from tf_gsnr.gradients.layerwise import dense_forms
+from tf_gsnr.gradients.layerwise import engine as layerwise
+from tf_gsnr.gradients.layerwise.dense_forms import concatenated, moments_of
 from tf_gsnr.moments import Moments
 from tf_gsnr.training.sample import table
 

@@ -16,8 +16,7 @@ import numpy as np
 import tensorflow as tf
 from absl import logging
 
-from tf_gsnr import gradients
-from tf_gsnr.gradients import contract, distributed, examples, onednn
+from tf_gsnr.gradients import contract, distributed, engines, examples, onednn
 from tf_gsnr.training import gap, plan, step
 from tf_gsnr.training.meter import SHOWN, GSNRMeter
 from tf_gsnr.training.sample import LEAST, LEAST_OF_LAYERS, SIZE, Sample
@@ -426,7 +425,7 @@ def _check(model, engine, measure_every, pool, shown, examples, sample):
             f"model {model.name!r} has a train_step of its own, which GSNRModel would pass over: "
             "keep the model as it is and measure it with GSNRCallback"
         )
-    gradients.check_engine_name(engine)
+    engines.check_name(engine)
     if engine not in ENGINES:
         raise ValueError(
             f"engine={engine!r}: the reference engine runs each example alone and so never trains; "

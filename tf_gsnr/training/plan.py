@@ -11,7 +11,8 @@ import dataclasses
 import numpy as np
 import tensorflow as tf
 
-from tf_gsnr.gradients import conservation, contract, independence, layerwise, losses
+from tf_gsnr.gradients import conservation, contract, independence, losses
+from tf_gsnr.gradients.layerwise import engine as layerwise
 
 CHECKS = "gsnr_checks"  # the entry of a step's logs that `learn` reads
 

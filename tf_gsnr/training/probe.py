@@ -9,7 +9,8 @@ import numpy as np
 import tensorflow as tf
 
 from tf_gsnr import metrics
-from tf_gsnr.gradients import examples, gradient_moments, losses
+from tf_gsnr.gradients import examples, losses
+from tf_gsnr.gradients.measure import gradient_moments
 from tf_gsnr.moments import Moments
 from tf_gsnr.training import gap
 from tf_gsnr.training.sample import Sample

@@ -12,7 +12,8 @@ import numpy as np
 import tensorflow as tf
 
 from tf_gsnr import arrays
-from tf_gsnr.gradients import dense_forms, forms, places
+from tf_gsnr.gradients import places
+from tf_gsnr.gradients.layerwise import dense_forms, forms
 
 SIZE = 2**13  # parameters in a sample, unless told otherwise
 LEAST, LEAST_OF_LAYERS = 64, 512  # of a variable, if it has as many; where layers are shown

@@ -18,7 +18,8 @@ from __future__ import annotations
 import keras
 import tensorflow as tf
 
-from tf_gsnr.gradients import capture, distributed, rules
+from tf_gsnr.gradients import distributed
+from tf_gsnr.gradients.layerwise import capture, rules
 from tf_gsnr.training import contributions, gap
 from tf_gsnr.training.plan import CHECKS, Plan, first_checks, operations
 

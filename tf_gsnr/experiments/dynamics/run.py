@@ -1,0 +1,271 @@
+"""How the GSNR evolves while a network learns real labels, or random ones. Section 3.1; figure 5.
+
+The same network is trained by Keras, with SGD, from the same weights, on the same images in the
+same order: once with their labels, once with labels drawn at random. After each epoch the weights
+are held, and the per-example gradients of a fixed probe, part of the training set, give the GSNR
+(25) and the same-sign proportion, averaged over all parameters. Shallow models go the same way.
+
+Batch norm: gradients and losses are those of the network in inference mode, with statistics
+averaged over the probe at these very weights (`recalibration.averaged_statistics`), so that an
+example's gradient is its own, and epoch 0 is a network like the others. The exact statistics of the
+whole set take a pass per layer: for the twenty of ResNet18 more time than the epoch itself.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from tf_gsnr import arrays, data, metrics, models
+from tf_gsnr.experiments.framework.settings import POSITIVE, PROBABILITY, at_least, complete
+from tf_gsnr.gradients import recalibration
+from tf_gsnr.gradients.measure import gradient_moments
+
+GRID = ("model", "p_random", "repeats")
+
+STEP, STATISTICS, GRADIENT, EVALUATION = 3, 1, 4, 1  # of an example, in forward passes
+PIECE = 1000  # probe examples between two looks at the progress
+MICRO_BATCH = 125  # of a measurement: speed and memory only, but for the batch-norm statistics
+
+
+class Settings(NamedTuple):
+    """All that the records depend on; marks as in `osgr`."""
+
+    dataset: str = "cifar10"  # [text]
+    model: list = ["simple_cnn"]  # [reported], its layers [ours]
+    n: int = 50_000  # [ours] the whole training set
+    p_random: list = [0.0, 1.0]  # [reported]
+    width: int = 32  # [ours]
+    epochs: int = 100  # [ours]
+    every: int = 1  # [text]
+    probe: int | None = None  # None: all n
+    learning_rate: float = 0.02  # [ours]
+    initial_scale: float = 0.1  # [ours] factor of the last layer's initial weights
+    batch_size: int = 128  # [ours]
+    test_size: int | None = None
+    repeats: int = 3  # [ours]
+    seed: int = 0
+
+
+def settings(**given) -> Settings:
+    """The settings given, completed by the defaults.
+
+    Raises:
+      ValueError: a value that no run can have.
+    """
+    if isinstance(given.get("model"), str):
+        given["model"] = given["model"].split(",")
+    numbers = ("width", "epochs", "every", "learning_rate", "initial_scale", "batch_size")
+    numbers += ("repeats",)
+    chosen = complete(
+        Settings,
+        given,
+        {},
+        n=at_least(2),
+        p_random=PROBABILITY,
+        probe=at_least(2),
+        test_size=at_least(1),
+        **dict.fromkeys(numbers, POSITIVE),
+    )
+    if chosen.probe is not None and chosen.probe > chosen.n:
+        raise ValueError(f"--probe={chosen.probe}: expected at most n = {chosen.n}")
+    return chosen
+
+
+def configurations(settings: Settings) -> list[dict]:
+    """Every network, seed and share of random labels."""
+    seeds = range(settings.seed, settings.seed + settings.repeats)
+    return [
+        dict(model=model, seed=seed, p_random=p_random)
+        for model in settings.model
+        for seed in seeds
+        for p_random in settings.p_random
+    ]
+
+
+def epochs(settings: Settings) -> list[int]:
+    """Those measured, 0 before training."""
+    return list(range(0, settings.epochs + 1, settings.every))
+
+
+def work(configuration: dict, settings: Settings) -> float:
+    """Forward passes of an example; all networks of a run count alike."""
+    return _work_until(settings.epochs, settings)
+
+
+def _work_until(epoch, settings):
+    probe, test = settings.probe or settings.n, settings.test_size or 10_000
+    measurement = (STATISTICS + GRADIENT + EVALUATION) * probe + EVALUATION * test
+    return STEP * settings.n * epoch + measurement * (epoch // settings.every + 1)
+
+
+def run(configuration: dict, settings: Settings, workbench) -> Iterator[dict]:
+    """The records of one training, one per measured epoch; it goes on from the checkpoint."""
+    begin = time.monotonic()
+    seed = configuration["seed"]
+    network = _network(configuration["model"], settings, workbench)
+    (x, y), test = _examples(configuration, settings, workbench.source)
+    probe = x[: settings.probe], y[: settings.probe]
+    first, elapsed = _restore(network.model, configuration, settings, workbench)
+    text = ", ".join(f"{k}={v}" for k, v in configuration.items())
+    for epoch in range(first, settings.epochs + 1):
+
+        def advance(work, place=f"{text} | epoch {epoch} of {settings.epochs}"):
+            workbench.progress.advance(work, place)
+
+        if epoch:
+            # The order is a function of seed and epoch: the same after an interruption.
+            order = np.random.default_rng([seed, settings.n, 2, epoch]).permutation(settings.n)
+            network.train(x[order], y[order], advance)
+        if epoch % settings.every == 0:
+            yield {
+                "experiment": "dynamics",
+                "dataset": settings.dataset,
+                **configuration,
+                "epoch": epoch,
+                "n": settings.n,
+                "width": settings.width,
+                "learning_rate": settings.learning_rate,
+                "initial_scale": settings.initial_scale,
+                "batch_size": settings.batch_size,
+                "layers": sum(bool(layer.trainable_variables) for layer in network.model.layers),
+                **network.measure(probe, test, advance),
+                "seconds": elapsed + time.monotonic() - begin,
+            }
+        _save(network.model, configuration, epoch, elapsed + time.monotonic() - begin, workbench)
+    workbench.directory.clear_checkpoint()
+
+
+def _examples(configuration, settings, source):
+    """The training set and the test set of a seed: the images do not depend on the labels' share.
+
+    Test labels are the true ones, whatever was learnt.
+    """
+    rng = np.random.default_rng([configuration["seed"], settings.n, 0])
+    x, y = source.draw(settings.n, rng)
+    test = source.test(settings.test_size, rng)
+    rng = np.random.default_rng([configuration["seed"], settings.n, 1])
+    return (x, data.randomise(y, configuration["p_random"], source, rng)), test
+
+
+class _Network(NamedTuple):
+    """A network with what is done to it.
+
+    Attributes:
+      model: compiled.
+      train: `(x, y, advance) -> None`: an epoch of SGD in this order.
+      measure: `(probe, test, advance) -> dict`: the numbers of a record, at fixed weights.
+    """
+
+    model: keras.Model
+    train: Callable
+    measure: Callable
+
+
+def _network(name, settings, workbench) -> _Network:
+    """The named network; traced once."""
+    if name not in workbench.traced:
+        workbench.traced[name] = _build(name, settings, workbench)
+    return workbench.traced[name]
+
+
+def _build(name, settings, workbench):
+    source, size = workbench.source, settings.batch_size
+    if source.classes is None:
+        raise ValueError(
+            f"--dataset={settings.dataset}: its targets are a regression's; dynamics needs classes"
+        )
+    model = models.build(name, source.input_shape, source.outputs, settings.width, settings.seed)
+    loss = models.loss(name, source.classes)
+    jit_compile = workbench.jit_compile
+    # Plain SGD has no state but the weights: they and the epoch are all that a checkpoint needs.
+    model.compile(
+        keras.optimizers.SGD(settings.learning_rate),
+        loss,
+        metrics=[keras.metrics.SparseCategoricalAccuracy(name="accuracy")],
+        jit_compile=jit_compile,
+    )
+    refresh = recalibration.averaged_statistics(model)
+
+    def train(x, y, advance):
+        step = keras.callbacks.LambdaCallback(
+            on_train_batch_end=lambda batch, logs: advance(STEP * size)
+        )
+        history = model.fit(x, y, size, shuffle=False, callbacks=[step], verbose=0).history
+        if not np.isfinite(history["loss"][0]):
+            raise ValueError(
+                f"the training loss of {name} is {history['loss'][0]}: it diverged (a smaller "
+                f"--learning_rate than {settings.learning_rate}?)"
+            )
+
+    def measure(probe, test, advance):
+        x, y = probe
+
+        def batches():
+            for i in range(0, len(y), MICRO_BATCH):
+                yield tf.constant(x[i : i + MICRO_BATCH])
+                advance(STATISTICS * MICRO_BATCH)
+
+        refresh(batches())
+        moments = None
+        for i in range(0, len(y), PIECE):
+            piece = slice(i, i + PIECE)
+            found = gradient_moments(
+                model,
+                x[piece],
+                y[piece],
+                engine=workbench.engine,
+                batch_size=MICRO_BATCH,
+                sign_counts=True,
+                jit_compile=jit_compile,
+            )
+            moments = found if moments is None else moments.merge(found)
+            advance(GRADIENT * len(y[piece]))
+        on = {
+            name: model.evaluate(*examples, batch_size=MICRO_BATCH, verbose=0, return_dict=True)
+            for name, examples in (("train", probe), ("test", test))
+        }
+        advance(EVALUATION * (len(y) + len(test[1])))
+        return {
+            "train_loss": float(moments.loss),
+            "train_accuracy": on["train"]["accuracy"],
+            "test_loss": on["test"]["loss"],
+            "test_accuracy": on["test"]["accuracy"],
+            **metrics.summarize(moments, model),
+            "step_sign/mean": arrays.mean(arrays.flat(metrics.step_sign(moments))),
+        }
+
+    return _Network(model, train, measure)
+
+
+def _restore(model, configuration, settings, workbench):
+    """The next epoch and the seconds so far; the weights are the checkpoint's, or the seed's."""
+    saved = workbench.directory.load_checkpoint()
+    if saved and json.loads(str(saved["configuration"])) == configuration:
+        model.set_weights([saved[k] for k in sorted(saved) if k.startswith("weight")])
+        epoch = int(saved["epoch"])
+        workbench.progress.skip(_work_until(epoch, settings))
+        return epoch + 1, float(saved["seconds"])
+    source, name, seed = workbench.source, configuration["model"], configuration["seed"]
+    fresh = models.build(name, source.input_shape, source.outputs, settings.width, seed)
+    last = fresh.layers[-1]
+    last.set_weights([settings.initial_scale * w for w in last.get_weights()])
+    model.set_weights(fresh.get_weights())
+    return 0, 0.0
+
+
+def _save(model, configuration, epoch, seconds, workbench):
+    workbench.directory.save_checkpoint(
+        {
+            "configuration": np.array(json.dumps(configuration)),
+            "epoch": np.array(epoch),
+            "seconds": np.array(seconds),
+            **{f"weight{i:04d}": w for i, w in enumerate(model.get_weights())},
+        }
+    )

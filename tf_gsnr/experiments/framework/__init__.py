@@ -1,0 +1,1 @@
+"""What all experiments share: their settings, and the way through their configurations."""

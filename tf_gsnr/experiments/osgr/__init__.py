@@ -1,0 +1,1 @@
+"""Section 2.4: the one-step generalization ratio, predicted and measured."""

@@ -1,0 +1,345 @@
+"""Does the GSNR predict the one-step generalisation ratio? Section 2.4; figures 4, 9 and 11.
+
+For each configuration (n, p_random, width): M training sets of n examples, one initialisation, M
+models trained apart by full-batch gradient descent, one test set. At chosen epochs both sides of
+(19) are estimated on the same step: the measured side by (23), from the decrease of the losses, and
+the predicted side by (24), from the per-example gradients on the training sets.
+
+(19) holds where the weights do not depend on the training set: before training, and less and less
+as the models adapt to it. With `unseen`, both sides are estimated a second time, from the same
+weights, by a step on as many training sets that the models have not seen: what then is left of the
+difference between the two sides is not due to the adaptation. That step is taken back.
+
+The models of several training sets train as one program where that pays (`replicas`); or each one
+on many devices, with a share of its training set on each (`data_parallel`).
+
+Index letters: t training set (1..M), r of those that train together, tau epoch (= gradient-descent
+iteration), i test example.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import time
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import tensorflow as tf
+
+from tf_gsnr import data, models
+from tf_gsnr.descent import devices, ensemble, microbatches, single
+from tf_gsnr.experiments.framework.settings import POSITIVE, PROBABILITY, at_least, complete
+from tf_gsnr.experiments.osgr import one_step
+
+GRID = ("n", "p_random", "width", "epochs")
+STRATEGIES = devices.STRATEGIES
+
+CHECKPOINT_SECONDS = 20
+PIECE_SECONDS = 2  # of descent between two looks at the clock
+
+
+class Settings(NamedTuple):
+    """All that the records depend on."""
+
+    dataset: str
+    model: str
+    n: list
+    p_random: list
+    width: list
+    epochs: list
+    training_sets: int
+    learning_rate: float
+    test_size: int | None
+    batch_size: int
+    toy_input_scale: float
+    toy_noise_scale: float
+    unseen: bool
+    seed: int
+
+
+# The paper's settings, for what is not given: [text] stands in its prose, [derived] follows from
+# it, [reported] stands in other public write-ups of it, [ours] is our choice.
+PAPER = {
+    "mnist": dict(
+        model="mnist_cnn",  # table 2 [derived]
+        n=[1000, 2000, 4000, 6000, 8000, 10000, 15000],  # [reported]
+        p_random=[0.0, 0.1, 0.2, 0.3, 0.5],  # [reported]
+        width=[6, 8, 10, 12, 14, 16, 18, 20],  # [reported]
+        epochs=[0, 20, 100, 500, 1000, 2500],  # up to 2,500 [text], the others [ours]
+        training_sets=10,  # [text]
+        learning_rate=0.001,  # [reported]
+    ),
+    "cifar10": dict(
+        model="cifar_cnn",  # table 3 [derived]
+        n=[2000, 4000, 6000, 8000, 10000],  # [ours]
+        p_random=[0.0, 0.1, 0.2, 0.3, 0.5],  # as for MNIST [ours]
+        width=[4, 6, 8, 12, 16],  # [ours]
+        epochs=[0, 20, 100, 500, 1000, 2500],  # [ours]
+        training_sets=10,  # as for MNIST [ours]
+        learning_rate=0.001,  # [reported]
+    ),
+    "toy": dict(
+        model="toy_mlp",  # [text]
+        n=[100, 200, 500, 1000],  # [ours]
+        p_random=[0.0, 0.1, 0.2, 0.3],  # [ours]
+        width=[10, 20, 50],  # [ours]
+        epochs=[0, 100, 500, 1000, 2500, 5000],  # [ours]
+        training_sets=100,  # [text]
+        learning_rate=0.001,  # [text]
+    ),
+}
+
+
+def settings(**given) -> Settings:
+    """The settings given, completed by the paper's for the data set.
+
+    Raises:
+      ValueError: a value that no run can have.
+    """
+    # The default test_size None is the whole test set: 10,000 on MNIST, 20,000 on toy data [text].
+    ours = dict(test_size=None, batch_size=500, toy_input_scale=1.0, toy_noise_scale=0.01)
+    ours |= dict(unseen=False, seed=0)
+    dataset = given.get("dataset") or "mnist"
+    chosen = complete(
+        Settings,
+        given,
+        {**PAPER.get(dataset, PAPER["mnist"]), **ours, "dataset": dataset},
+        n=at_least(2),
+        p_random=PROBABILITY,
+        width=at_least(1),
+        epochs=at_least(0),
+        training_sets=at_least(1),
+        learning_rate=POSITIVE,
+        batch_size=at_least(1),
+        test_size=at_least(1),
+    )
+    return chosen._replace(epochs=sorted(set(chosen.epochs)))
+
+
+def configurations(settings: Settings) -> list[dict]:
+    """Every (n, p_random, width), the smallest first."""
+    grid = itertools.product(sorted(settings.n), sorted(settings.p_random), sorted(settings.width))
+    return [dict(n=n, p_random=p, width=width) for n, p, width in grid]
+
+
+def epochs(settings: Settings) -> list[int]:
+    return settings.epochs
+
+
+def work(configuration: dict, settings: Settings) -> float:
+    """Proportional to the time that a configuration takes: forward passes of an example."""
+    return settings.training_sets * sum(_set_work(configuration, settings))
+
+
+def _set_work(configuration, settings) -> tuple[float, float]:
+    """The work of one training set's descent, and of its measurements."""
+    cost = configuration["width"] + 4
+    test_size = settings.test_size or 10_000
+    steps = settings.epochs[-1] - len(settings.epochs) + 1
+    measurement = 6 * configuration["n"] * (1 + settings.unseen) + test_size * (2 + settings.unseen)
+    return cost * 3 * configuration["n"] * max(steps, 0), cost * measurement * len(settings.epochs)
+
+
+def run(configuration: dict, settings: Settings, workbench) -> Iterator[dict]:
+    """The records of one configuration, one per epoch, once all its models are trained."""
+    start = time.monotonic()
+    state = _State(configuration, settings, workbench)
+    while state.t < settings.training_sets:
+        _descend_together(state, settings, workbench)
+        state.start(state.t + len(state.rises), settings)
+    for index, epoch in enumerate(settings.epochs):
+        yield {
+            "experiment": "osgr",
+            "dataset": settings.dataset,
+            **configuration,
+            "epoch": epoch,
+            "training_sets": settings.training_sets,
+            "learning_rate": settings.learning_rate,
+            **one_step.record(
+                [rows[index] for rows in state.rows],
+                state.decreases[:, index] / settings.training_sets,
+                settings.learning_rate,
+            ),
+            "seconds": time.monotonic() - start,
+        }
+    workbench.directory.clear_checkpoint()
+
+
+class _State:
+    """Where a configuration is: its weights, what was measured, and the checkpoint of both."""
+
+    def __init__(self, configuration, settings, workbench):
+        source = workbench.source
+        self.configuration = configuration
+        self.directory = workbench.directory
+        self.strategy = workbench.strategy
+        self.clock = devices.clock(self.strategy) if self.strategy else time.monotonic
+        self.saved = self.clock()
+        network = _network(configuration, settings, workbench)
+        self.model, self.descent, self.initial, self.together = network
+        rng = self.rng(settings, stream=1)
+        x, y = source.test(settings.test_size, rng)
+        # D and D' are draws of one distribution: the test labels get the same noise [ours].
+        y = data.randomise(y, configuration["p_random"], source, rng)
+        self.test = microbatches.of_data(x, y, settings.batch_size)
+        self.rows = []  # per training set, per epoch, a dict of numbers
+        # Each test example's, summed over t; by a step on the training sets, and on unseen ones.
+        self.decreases = np.zeros([1 + settings.unseen, len(settings.epochs), len(y)])
+        self.start(0, settings)
+        self._restore(settings, workbench.progress)
+        if self.strategy:
+            place = [configuration, self.t, self.epoch, len(self.rows)]
+            devices.check_same_start(self.strategy, place, self.directory.path)
+
+    def start(self, t, settings):
+        """The training sets from the t-th on, as many as train together, at their first epoch."""
+        size = min(self.together, settings.training_sets - t)
+        self.t, self.epoch = t, 0
+        self.weights = [np.repeat(w[np.newaxis], size, 0) for w in self.initial]
+        self.rises, self.last_loss = np.zeros(size, int), np.full(size, np.inf)
+
+    def rng(self, settings, stream):
+        """A random stream of this configuration's own."""
+        c = self.configuration
+        p = round(c["p_random"] * 1e6)
+        return np.random.default_rng([settings.seed, c["n"], p, c["width"], stream])
+
+    def _key(self, settings):
+        return json.dumps([self.configuration, settings.epochs])
+
+    def save(self, settings):
+        self.saved = self.clock()
+        self.directory.save_checkpoint(
+            {
+                "key": np.array(self._key(settings)),
+                "place": np.array([self.t, self.epoch]),
+                "rises": self.rises,
+                "last_loss": self.last_loss,
+                "rows": np.array(json.dumps(self.rows)),
+                "decreases": self.decreases,
+                **{f"weight{i:03d}": w for i, w in enumerate(self.weights)},
+            }
+        )
+
+    def _restore(self, settings, progress):
+        saved = self.directory.load_checkpoint()
+        if not saved or str(saved["key"]) != self._key(settings):
+            return
+        self.t, self.epoch = map(int, saved["place"])
+        self.rises, self.last_loss = saved["rises"], saved["last_loss"]
+        self.rows = json.loads(str(saved["rows"]))
+        self.decreases = saved["decreases"]
+        self.weights = [saved[k] for k in sorted(saved) if k.startswith("weight")]
+        descent, measurement = _set_work(self.configuration, settings)
+        together = len(self.rises) * self.epoch / (settings.epochs[-1] + 1)
+        progress.skip((self.t + together) * (descent + measurement))
+
+
+def _network(configuration, settings, workbench):
+    """The network of this width, its descent, its initial weights, and how many train together."""
+    width = configuration["width"]
+    if width not in workbench.traced:
+        source = workbench.source
+        model = models.build(
+            settings.model, source.input_shape, source.outputs, width, settings.seed
+        )
+        loss = models.loss(settings.model, source.classes)
+        how = dict(engine=workbench.engine_for(model, loss), jit_compile=workbench.jit_compile)
+        learning_rate, together = settings.learning_rate, workbench.replicas
+        if workbench.strategy:
+            together = 1
+            functions = devices.build(model, loss, learning_rate, workbench.strategy, **how)
+        else:
+            if together is None:
+                together = settings.training_sets if ensemble.pays(model, source.input_shape) else 1
+            functions = single.build_replicas(model, loss, learning_rate, together, **how)
+        if together > 1:
+            workbench.progress.say(
+                f"width {width}: {together} models train as one program, compiled by XLA"
+            )
+        workbench.traced[width] = model, functions, model.get_weights(), together
+    return workbench.traced[width]
+
+
+def _training_sets(state, settings, source, unseen=False):
+    """Those that train together, as chunks: x and y with a leading axis r.
+
+    Or as many that have no example of theirs.
+    """
+    c, batch_size = state.configuration, settings.batch_size
+    if state.strategy:  # no device without a chunk
+        batch_size = min(batch_size, -(-c["n"] // state.strategy.num_replicas_in_sync))
+    found = []
+    for t in range(state.t, state.t + len(state.rises)):
+        rng = state.rng(settings, stream=2 + t)
+        if unseen:
+            x, y = (v[c["n"] :] for v in source.draw(c["n"], rng, beside=c["n"]))
+        else:
+            x, y = source.draw(c["n"], rng)
+        y = data.randomise(y, c["p_random"], source, rng)
+        found.append(microbatches.of_data(x, y, batch_size))
+    x, y, (valid, *_) = zip(*found)
+    own = tf.stack(x), tf.stack(y), valid
+    return devices.share(state.strategy, own) if state.strategy else own
+
+
+def _descend_together(state, settings, workbench):
+    """Trains on the sets from t on, or goes on where the checkpoint is; measures at the epochs."""
+    c, size = state.configuration, len(state.rises)
+    if len(state.rows) == state.t:
+        state.rows += [[] for _ in range(size)]
+    own = _training_sets(state, settings, workbench.source)
+    measured_on = [own]
+    if settings.unseen:
+        measured_on.append(_training_sets(state, settings, workbench.source, unseen=True))
+    descent_work, measurement_work = (size * work for work in _set_work(c, settings))
+    steps_planned = max(settings.epochs[-1] - len(settings.epochs) + 1, 1)
+    text = ", ".join(f"{k}={v}" for k, v in c.items())
+    sets = f"set {state.t + 1}" if size == 1 else f"sets {state.t + 1} to {state.t + size}"
+
+    def passed(work):
+        if state.clock() - state.saved > CHECKPOINT_SECONDS:
+            state.save(settings)
+        place = f"{sets} of {settings.training_sets}, epoch {state.epoch}"
+        workbench.progress.advance(work, f"{text} | {place}")
+
+    piece = 1
+    for index in range(len(state.rows[state.t]), len(settings.epochs)):
+        while state.epoch < settings.epochs[index]:
+            steps = min(piece, settings.epochs[index] - state.epoch)
+            begin = state.clock()
+            found = state.descent.descend(
+                state.weights, own, tf.constant(steps), tf.constant(state.last_loss)
+            )
+            weights, state.last_loss, rises = tf.nest.map_structure(np.asarray, found)
+            state.weights, state.rises = weights, state.rises + rises
+            _check_losses(state, state.epoch + steps - 1, state.last_loss)
+            piece = max(1, int(PIECE_SECONDS * steps / (state.clock() - begin + 1e-9)))
+            state.epoch += steps
+            passed(descent_work * steps / steps_planned)
+        seeds = [[state.t + r, state.epoch] for r in range(size)]
+        step, *others = one_step.measured(
+            state.descent, state.model, state.weights, measured_on, state.test, seeds
+        )
+        _check_losses(state, state.epoch, step.losses)
+        state.rises = state.rises + (step.losses > state.last_loss)
+        for r, row in enumerate(step.rows):
+            unseen = {f"unseen_{k}": v for other in others for k, v in other.rows[r].items()}
+            state.rows[state.t + r].append(row | unseen | {"rises": int(state.rises[r])})
+        state.decreases[:, index] += [step.decrease, *(other.decrease for other in others)]
+        state.weights, state.last_loss = step.weights, step.losses
+        state.epoch += 1
+        passed(measurement_work / len(settings.epochs))
+
+
+def _check_losses(state, epoch, losses):
+    for r, loss in enumerate(losses):
+        if not np.isfinite(loss):
+            c = ", ".join(f"{k}={v}" for k, v in state.configuration.items())
+            raise ValueError(
+                f"the training loss is {loss} at epoch {epoch} of training set "
+                f"{state.t + r + 1} ({c}): the descent diverged (a smaller --learning_rate?) or "
+                "the data hold NaN"
+            )

@@ -1,0 +1,1 @@
+"""The reference engine: `tf.vectorized_map` over `GradientTape` (`engine.py`)."""
