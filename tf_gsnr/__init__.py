@@ -10,6 +10,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "Moments": "tf_gsnr.moments",
     "gradient_moments": "tf_gsnr.gradients.measure",
+    "forget": "tf_gsnr.gradients.stream",
     "check_engine": "tf_gsnr.gradients.diagnosis",
     "explain": "tf_gsnr.gradients.diagnosis",
     "register_rule": "tf_gsnr.gradients.layerwise.rules",

@@ -20,6 +20,8 @@ variables that it reads are the real ones.
 from __future__ import annotations
 
 import contextlib
+import functools
+import threading
 from typing import Any, NamedTuple
 
 import keras
@@ -105,42 +107,81 @@ def batch_norm_layers(model) -> list:
     ]
 
 
+class _Switch:
+    """A function on a layer that is another one for the threads that replaced it."""
+
+    def __init__(self, usual):
+        self.usual = usual
+        self.stacks = {}  # thread -> what takes its place there, the last one holds
+
+    def current(self):
+        stack = self.stacks.get(threading.get_ident())
+        return stack[-1] if stack else self.usual
+
+    def __call__(self, *args, **kwargs):
+        return self.current()(*args, **kwargs)
+
+    def __getattr__(self, name):
+        return getattr(self.current(), name)
+
+
+_SWITCHING = threading.Lock()
+
+
+def function_of(layer, name):
+    """The layer's function of that name, as this thread sees it; None without one."""
+    function = getattr(layer, name, None)
+    return function.current() if isinstance(function, _Switch) else function
+
+
 @contextlib.contextmanager
 def replaced(replacements):
-    """While this is open, the attribute is `value` for each `(layer, attribute, value)`.
+    """While this is open, the function is `make(what it is)` for each `(layer, name, make)`.
 
-    Nothing is left behind on the layers, whatever fails in between.
+    For this thread only: others that call the layer meanwhile find it as it was. Nothing is left
+    behind on the layers, whatever fails in between.
     """
-    missing = object()
-    before = []
+    thread, switched = threading.get_ident(), []
     try:
-        for layer, name, value in replacements:
-            before.append((layer, name, vars(layer).get(name, missing)))
-            object.__setattr__(layer, name, value)
+        for layer, name, make in replacements:
+            made = make(function_of(layer, name))
+            with _SWITCHING:
+                switch = vars(layer).get(name)
+                if not isinstance(switch, _Switch):
+                    switch = _Switch(getattr(layer, name))
+                    switch.of_layer = name in vars(layer)  # as replaced by someone else before
+                    object.__setattr__(layer, name, switch)
+                switch.stacks.setdefault(thread, []).append(made)
+            switched.append((layer, name, switch))
         yield
     finally:
-        for layer, name, value in reversed(before):
-            if value is missing:
-                object.__delattr__(layer, name)
-            else:  # replaced by someone else before
-                object.__setattr__(layer, name, value)
+        for layer, name, switch in reversed(switched):
+            with _SWITCHING:
+                switch.stacks[thread].pop()
+                if not switch.stacks[thread]:
+                    del switch.stacks[thread]
+                if not switch.stacks:
+                    if switch.of_layer:
+                        object.__setattr__(layer, name, switch.usual)
+                    else:
+                        object.__delattr__(layer, name)
 
 
-def replaced_calls(replacements):
-    """`replaced` for the `call` of each `(layer, call)`."""
-    return replaced([(layer, "call", call) for layer, call in replacements])
+def replaced_calls(layers, make):
+    """`replaced` for the `call` of each layer, by `make(layer, call)`."""
+    return replaced([(layer, "call", functools.partial(make, layer)) for layer in layers])
 
 
 def frozen_batch_norm(model):
     """While this is open, batch-norm layers use their moving statistics whatever the mode."""
 
-    def frozen(call):
+    def frozen(layer, call):
         def inference(inputs, *args, **kwargs):
             return call(inputs, *args, **{**kwargs, "training": False})
 
         return inference
 
-    return replaced_calls([(layer, frozen(layer.call)) for layer in batch_norm_layers(model)])
+    return replaced_calls(batch_norm_layers(model), frozen)
 
 
 def values_given(variables) -> list:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import threading
 from typing import Any
 
 import keras
@@ -27,6 +28,8 @@ from tf_gsnr.gradients import (
 )
 from tf_gsnr.gradients.stream import Stream
 from tf_gsnr.moments import Moments
+
+_ONE_AT_A_TIME = threading.RLock()  # of several threads
 
 
 def gradient_moments(
@@ -59,6 +62,9 @@ def gradient_moments(
     The data are streamed in micro-batches of one fixed shape, so memory does not depend on how
     many examples there are. The model is left as it was: no variable, seed or layer changes. On the
     first micro-batch the mean is compared, variable by variable, with the ordinary gradient.
+
+    Calls from several threads wait for each other. Meanwhile other threads may run the model in
+    inference mode (not while it is recalibrated), but neither train it nor draw from its seeds.
 
     Args:
       model: a built Keras model: Sequential, functional or subclassed.
@@ -211,10 +217,11 @@ def _measured(
     statistics = contextlib.nullcontext()
     if recalibrate:
         statistics = recalibration.whole_data_statistics(model, data)
-    with examination.kept_variables(model, loss), statistics:
+    with _ONE_AT_A_TIME, examination.kept_variables(model, loss), statistics:
         tried = [engine]
         if engine == "auto":  # the reference engine runs examples alone: it has no contributions
             tried = ["layerwise"] if contributions else ["layerwise", "vectorized"]
+        unfit = None
         for name in tried:
             stream = Stream(
                 model, loss, name, engines.ENGINES[name], compiled, dtype, options, strategy, seed
@@ -226,11 +233,13 @@ def _measured(
                     windows if windows and stream.loops else data, again=not one_pass
                 )
             except conservation.NotConserved as error:
-                stream.entry.unfit = True
                 if name == tried[-1]:
                     raise
+                unfit = stream.entry
                 logging.warning("engine='auto' uses the reference engine: %s", error)
                 continue
             examples.check_finite(model, moments, int(bad))
+            if unfit is not None:  # which is known of numbers only that are finite
+                unfit.unfit = True
             return moments.numpy(), name
     raise AssertionError("the last engine returns or raises")

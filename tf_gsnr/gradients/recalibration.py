@@ -67,9 +67,7 @@ def forward(model: keras.Model, x, valid=None) -> tuple:
     """
     layers = normalizing_layers(model)
 
-    def recalibrated(layer):
-        call = layer.call
-
+    def recalibrated(layer, call):
         def with_own_statistics(inputs, *args, **kwargs):
             mean, variance = _differentiable_moments(inputs, layer.axis, valid)
             layer.moving_mean.assign(mean)  # in the scope only
@@ -79,7 +77,7 @@ def forward(model: keras.Model, x, valid=None) -> tuple:
         return with_own_statistics
 
     state = [(v, tf.convert_to_tensor(v.value)) for v in model.variables]
-    with contract.replaced_calls([(layer, recalibrated(layer)) for layer in layers]):
+    with contract.replaced_calls(layers, recalibrated):
         with keras.StatelessScope(state_mapping=state) as scope:
             predictions = model(x, training=False)
     moving = [v for layer in layers for v in (layer.moving_mean, layer.moving_variance)]
@@ -109,16 +107,14 @@ def _in_order_of_calls(model, x):
     layers = normalizing_layers(model)
     seen = {}
 
-    def noting(layer):
-        call = layer.call
-
+    def noting(layer, call):
         def noted(*args, **kwargs):
             seen.setdefault(id(layer), layer)
             return call(*args, **kwargs)
 
         return noted
 
-    with contract.replaced_calls([(layer, noting(layer)) for layer in layers]):
+    with contract.replaced_calls(layers, noting):
         with keras.StatelessScope():
             model(x, training=False)
     return list(seen.values())
@@ -130,13 +126,15 @@ def _statistics(model, layer, batches):
     @tf.function(autograph=False)
     def of_batch(x, valid):
         found = []
-        call = layer.call
 
-        def noted(inputs, *args, **kwargs):
-            found.append(_moments(inputs, layer.axis, valid))
-            return call(inputs, *args, **kwargs)
+        def noting(layer, call):
+            def noted(inputs, *args, **kwargs):
+                found.append(_moments(inputs, layer.axis, valid))
+                return call(inputs, *args, **kwargs)
 
-        with contract.replaced_calls([(layer, noted)]), keras.StatelessScope():
+            return noted
+
+        with contract.replaced_calls([layer], noting), keras.StatelessScope():
             model(x, training=False)
         return found
 

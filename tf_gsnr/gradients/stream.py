@@ -15,10 +15,40 @@ import numpy as np
 import tensorflow as tf
 from absl import logging
 
-from tf_gsnr.gradients import checking, contract, distributed, examples, losses, sums
+from tf_gsnr.gradients import (
+    checking,
+    contract,
+    distributed,
+    examples,
+    fingerprint,
+    losses,
+    sums,
+)
+from tf_gsnr.gradients.layerwise import rules
 from tf_gsnr.moments import Moments
 
-_ENTRIES = weakref.WeakKeyDictionary()  # model -> {options: _Entry}: a step is traced once
+_KNOWN = weakref.WeakKeyDictionary()  # model -> _Known: a step is traced once
+MOST_ENTRIES = 8  # of a model, under other options or losses; the longest unused goes
+MOST_TRACES = 16  # of an entry, for other sizes and kinds of data; then all are made anew
+
+
+@dataclasses.dataclass
+class _Known:
+    """What is known of a model.
+
+    Attributes:
+      entries: by all that a traced step depends on, the last used last.
+      restless: the attributes of layers that change while a model runs (a counter, a record of the
+        last input): steps do not depend on them.
+    """
+
+    entries: dict = dataclasses.field(default_factory=dict)
+    restless: set = dataclasses.field(default_factory=set)
+
+
+def forget(model):
+    """Forgets all that is known of a model from earlier calls; the next one traces anew."""
+    _KNOWN.pop(model, None)
 
 
 @dataclasses.dataclass
@@ -62,6 +92,12 @@ class Stream:
         used = loss
         if loss is None:
             used = getattr(model, "_compile_loss", None)  # made anew by each compile
+        known = _KNOWN.setdefault(model, _Known())
+        self.known, self.used = known, used
+        self.attributes = fingerprint.of(model, used)
+        steady = self.attributes.items()
+        if known.restless:
+            steady = [item for item in steady if item[0] not in known.restless]
         variables = model.trainable_variables
         key = (
             id(used),
@@ -69,14 +105,18 @@ class Stream:
             engine,
             jit_compile,
             dtype,
+            rules.version(),
             *sorted(options.items()),
             *(id(v) for v in variables),
+            *steady,
         )
-        entries = _ENTRIES.setdefault(model, {})
-        if key not in entries:
+        entry = known.entries.pop(key, None)
+        if entry is None:
             pending = set(range(len(variables))) if engine == "layerwise" else {-1}
-            entries[key] = _Entry(used, strategy, pending)
-        self.entry = entries[key]
+            entry = _Entry(used, strategy, pending)
+        known.entries[key] = self.entry = entry
+        while len(known.entries) > MOST_ENTRIES:
+            del known.entries[next(iter(known.entries))]
         self.given_loss = loss
 
     @functools.cached_property
@@ -95,6 +135,13 @@ class Stream:
           data: returns the micro-batches, or windows of them.
           again: whether it may be asked for them twice.
         """
+        try:
+            return self._twice_if_need_be(data, again)
+        finally:
+            now = fingerprint.of(self.model, self.used)
+            self.known.restless |= fingerprint.changed(self.attributes, now)
+
+    def _twice_if_need_be(self, data, again):
         moments, bad, lost = self._all(data(), self._adds_up() and again)
         if not lost or bad >= 0:
             return moments, bad
@@ -216,6 +263,9 @@ class Stream:
         kinds = tf.nest.map_structure(lambda v: v if v is None else kind(v), batch)
         key = id(step), self.seed is None, str(kinds)
         if key not in self.entry.traces:
+            if len(self.entry.traces) >= MOST_TRACES:
+                self.entry.traces.clear()
+                self.entry.step.clear()
             self.entry.traces[key] = step.get_concrete_function(*arguments, *kinds)
         return self.entry.traces[key]
 
@@ -230,7 +280,8 @@ class Stream:
         if entry.pending and (index == 0 or self.engine == "layerwise"):
             seeds = contract.seeds_for(self.model, self.seed, index)
             examined = checking.examined(self.model, self.loss, batch, index, seeds, self.options)
-            checking.refuse(self.model, self.loss, examined, self.engine, self.options)
+            if checking.are_finite(examined.gradients):  # else the numbers say nothing
+                checking.refuse(self.model, self.loss, examined, self.engine, self.options)
             entry.wide = entry.wide or checking.are_tiny(examined.gradients)
         state = self._one(self._step(single=True), None, None, *self._empty(), index, batch)
         if examined is None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -155,14 +156,15 @@ def watching(model, units: Sequence[Unit], tape, n, *, training: bool, all_outpu
     replacements = []
     for unit in units:
         if rematerialised(unit.layer):
-            replacements.append((unit.layer, "rematerialized_call", watcher.around(unit)))
+            around = functools.partial(watcher.around, unit)
+            replacements.append((unit.layer, "rematerialized_call", around))
         else:
-            replacements.append((unit.layer, "call", watcher.call(unit, unit.layer.call)))
+            replacements.append((unit.layer, "call", functools.partial(watcher.call, unit)))
     if all_outputs:
         taken = {id(unit.layer) for unit in units}
         for layer in contract.sublayers(model):
             if layer is not model and not layer._layers and id(layer) not in taken:
-                replacements.append((layer, "call", watcher.output(layer)))
+                replacements.append((layer, "call", functools.partial(watcher.output, layer)))
     with contract.replaced(replacements):
         yield watcher.found
 
@@ -205,18 +207,15 @@ class _Watcher:
 
         return recorded
 
-    def around(self, unit):
+    def around(self, unit, original):
         """For a layer that Keras recomputes: watched around the recomputation, not inside of it."""
-        original = unit.layer.rematerialized_call
 
         def rematerialized_call(layer_call, *args, **kwargs):
             return self.call(unit, original(layer_call, *args, **kwargs))
 
         return rematerialized_call
 
-    def output(self, layer):
-        call = layer.call
-
+    def output(self, layer, call):
         def noted(*args, **kwargs):
             self._hold((args, kwargs))
             output = call(*args, **kwargs)
@@ -272,9 +271,9 @@ def _graph():
 @contextlib.contextmanager
 def without_activation(layer, attribute: str | None):
     """While this is open, `layer` stops short of its activation, which is handed out (or None)."""
-    activation = getattr(layer, attribute, None) if attribute else None
+    activation = contract.function_of(layer, attribute) if attribute else None
     if activation is None or activation is keras.activations.linear:
         yield None
         return
-    with contract.replaced([(layer, attribute, keras.activations.linear)]):
+    with contract.replaced([(layer, attribute, lambda _: keras.activations.linear)]):
         yield activation

@@ -297,7 +297,7 @@ def _answer(call) -> list:
 
 
 def _is_activated(layer, attribute):
-    return getattr(layer, attribute, None) not in (None, keras.activations.linear)
+    return contract.function_of(layer, attribute) not in (None, keras.activations.linear)
 
 
 def _fold(call, expected):

@@ -144,7 +144,9 @@ def _once(layer):
     """While this is open, Keras does not recompute the layer in its backward pass."""
     if not capture.rematerialised(layer):
         return contract.replaced([])
-    return contract.replaced([(layer, "rematerialized_call", lambda call, *_, **__: call)])
+    return contract.replaced(
+        [(layer, "rematerialized_call", lambda _: lambda call, *_, **__: call)]
+    )
 
 
 def _has_rows(value, rows):

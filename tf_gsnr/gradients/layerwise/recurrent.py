@@ -70,7 +70,7 @@ def products(call) -> list | None:
     with tf.GradientTape(watch_accessed_variables=False) as tape:
         with keras.StatelessScope(state_mapping=state) as scope:
             loop = functools.partial(_forwards, layer, state, scope, tape, runs)
-            with _temporarily(layer, inner_loop=loop):
+            with contract.replaced([(layer, "inner_loop", lambda _: loop)]):
                 output = layer.call(*call.args, **call.kwargs)
     if len(runs) != 1:
         return None
@@ -258,36 +258,17 @@ def _masks(cell):
     return cell.get_dropout_mask(None), cell.get_recurrent_dropout_mask(None)
 
 
-@contextlib.contextmanager
 def _with_masks(cells_and_masks):
     """While this is open, these cells have these dropout masks."""
-    with contextlib.ExitStack() as stack:
-        for cell, (dropout, recurrent) in cells_and_masks:
-            if isinstance(cell, _DROPOUT):
-                stack.enter_context(
-                    _temporarily(
-                        cell,
-                        get_dropout_mask=lambda _, mask=dropout: mask,
-                        get_recurrent_dropout_mask=lambda _, mask=recurrent: mask,
-                    )
-                )
-        yield
-
-
-@contextlib.contextmanager
-def _temporarily(layer, **methods):
-    """While this is open, these methods of the layer are others; nothing is left behind on it."""
-    before = {name: vars(layer)[name] for name in methods if name in vars(layer)}
-    try:
-        for name, method in methods.items():
-            object.__setattr__(layer, name, method)
-        yield
-    finally:
-        for name in methods:
-            if name in before:
-                object.__setattr__(layer, name, before[name])
-            else:
-                object.__delattr__(layer, name)
+    names = ("get_dropout_mask", "get_recurrent_dropout_mask")
+    return contract.replaced(
+        [
+            (cell, name, lambda _, mask=mask: lambda _: mask)
+            for cell, masks in cells_and_masks
+            if isinstance(cell, _DROPOUT)
+            for name, mask in zip(names, masks)
+        ]
+    )
 
 
 @dataclasses.dataclass
@@ -340,8 +321,8 @@ def _backwards(cell, state, run, gradients) -> list[Steps]:
             with contextlib.ExitStack() as stack:
                 stack.enter_context(keras.StatelessScope(state_mapping=state))
                 stack.enter_context(_with_masks(masks))
-                watched = [(leaf, _watched(leaf, tape, notes)) for leaf in distinct]
-                stack.enter_context(contract.replaced_calls(watched))
+                watched = functools.partial(_watched, tape, notes)
+                stack.enter_context(contract.replaced_calls(distinct, watched))
                 output, new = run.step(cell, run.x[t], before)
         d_new = d_states
         if run.mask is not None:
@@ -401,9 +382,8 @@ class _Note:
     again: Callable
 
 
-def _watched(cell, tape, notes):
+def _watched(tape, notes, cell, call):
     """The cell's `call`, noted, with its outputs watched."""
-    call = cell.call
 
     def noted(x, states, **kwargs):
         output = tf.nest.map_structure(tf.identity, call(x, states, **kwargs))

@@ -27,6 +27,12 @@ class Rule(NamedTuple):
 
 
 _RULES: dict[type, Rule] = {}
+_version = 0
+
+
+def version() -> int:
+    """A number that is another after each registration: what was traced before does not know it."""
+    return _version
 
 
 def register_rule(layer_class: type, *, activation: str | None = None) -> Callable:
@@ -73,7 +79,9 @@ def register_rule(layer_class: type, *, activation: str | None = None) -> Callab
         )
 
     def register(function):
+        global _version
         _RULES[layer_class] = Rule(function, activation)
+        _version += 1
         return function
 
     return register

@@ -1,0 +1,52 @@
+"""What a traced step depends on besides variables: the attributes of layers and losses.
+
+A graph holds a layer's rate, activation or flag as it was when traced; where one of them is another
+now, the step is traced anew.
+"""
+
+from __future__ import annotations
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from tf_gsnr.gradients import contract
+
+SMALL = 4096  # bytes of an array that is compared by its values, larger ones by identity
+
+
+def of(model, loss) -> dict:
+    """`(id of the owner, name) -> value` of all public attributes of the layers and the loss."""
+    found = {}
+    for layer in contract.sublayers(model):
+        kept = vars(layer)
+        found |= {(id(layer), k): _value(v) for k, v in kept.items() if not k.startswith("_")}
+        found[id(layer), ""] = layer.trainable, layer.compute_dtype
+    for one in keras.tree.flatten(loss):
+        if isinstance(one, keras.losses.Loss):
+            found |= {(id(one), k): _value(v) for k, v in vars(one).items()}
+    return found
+
+
+def changed(before: dict, after: dict) -> set:
+    """The keys whose values differ."""
+    return {key for key in before.keys() | after.keys() if before.get(key) != after.get(key)}
+
+
+def _value(value):
+    """Something that is equal, and has an equal hash, as long as the attribute means the same."""
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, float):
+        return repr(value)  # NaN is not equal to itself
+    if value is None or isinstance(value, (bool, int, str, bytes, complex)):
+        return type(value).__name__, value
+    if isinstance(value, (list, tuple)):
+        return tuple(map(_value, value))
+    if isinstance(value, dict):
+        return tuple((str(k), _value(v)) for k, v in value.items())
+    if isinstance(value, np.ndarray) and value.nbytes <= SMALL and value.dtype != object:
+        return value.dtype.str, value.shape, value.tobytes()
+    if isinstance(value, (tf.DType, tf.TensorShape)):
+        return str(value)
+    return id(value), id(getattr(value, "__code__", None))
