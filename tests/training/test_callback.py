@@ -221,13 +221,14 @@ def test_steps_per_execution_and_schedules():
         (dict(every_steps=1, every_epochs=1), "give one of"),
         (dict(schedule=3), "schedule=3"),
         (dict(engine="fast"), "unknown engine"),
-        (dict(step=1), "unknown arguments"),
         (dict(test_data=X), "expected a pair"),
     ],
 )
 def test_refuses_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
         tf_gsnr.GSNRCallback(X, LABELS, **arguments)
+    with pytest.raises(TypeError, match="step"):
+        tf_gsnr.GSNRCallback(X, LABELS, step=1)
 
 
 def test_refuses_a_probe_set_that_does_not_fit():

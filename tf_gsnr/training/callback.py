@@ -13,7 +13,7 @@ import tensorflow as tf
 from absl import logging
 
 import tf_gsnr
-from tf_gsnr import metrics
+from tf_gsnr import metrics, shown
 from tf_gsnr.gradients import engines, losses, measure
 from tf_gsnr.gradients import examples as data
 from tf_gsnr.records import RunDirectory
@@ -68,7 +68,7 @@ class GSNRCallback(keras.callbacks.Callback):
       run_dir: a directory for config.json and records.jsonl, as the experiments write.
       overwrite: whether an earlier run in `run_dir` may be thrown away.
       log_dir: a directory for TensorBoard, with histograms of the parameters' GSNR per variable.
-      loss, engine, batch_size, training, batch_norm, contributions, seed, jit_compile: of
+      loss, engine, batch_size, training, batch_norm, contributions, seed, dtype, jit_compile: of
         `gradient_moments`.
 
     Raises:
@@ -103,7 +103,15 @@ class GSNRCallback(keras.callbacks.Callback):
         run_dir=None,
         overwrite: bool = False,
         log_dir=None,
-        **options,
+        loss=None,
+        engine: str = "auto",
+        batch_size: int = 256,
+        training: bool = False,
+        batch_norm: str = "frozen",
+        contributions: bool = False,
+        seed: int | None = None,
+        dtype: str | None = None,
+        jit_compile: bool | str = "auto",
     ):
         super().__init__()
         self._x, self._y, sample_weight = data.collect(x, y, sample_weight)
@@ -116,12 +124,21 @@ class GSNRCallback(keras.callbacks.Callback):
         self._due_epoch, self._due_step, self.cadence = _cadence(
             every_epochs, every_steps, schedule
         )
-        unknown = set(options) - set(_OPTIONS)
-        if unknown:
-            raise ValueError(f"unknown arguments {sorted(unknown)}; available: {list(_OPTIONS)}")
-        engines.check_name(options.get("engine", "auto"))
-        self._options = dict(options, sample_weight=sample_weight, sign_counts=sign_counts)
-        self._batch_size = options.get("batch_size", 256)
+        engines.check_name(engine)
+        self._options = dict(
+            loss=loss,
+            sample_weight=sample_weight,
+            engine=engine,
+            batch_size=batch_size,
+            sign_counts=sign_counts,
+            training=training,
+            batch_norm=batch_norm,
+            contributions=contributions,
+            seed=seed,
+            dtype=dtype,
+            jit_compile=jit_compile,
+        )
+        self._batch_size = batch_size
         self._examples = examples or data.count(self._x)
         self._per_layer = per_layer
         self._run_dir, self._overwrite, self._log_dir = run_dir, overwrite, log_dir
@@ -136,11 +153,11 @@ class GSNRCallback(keras.callbacks.Callback):
         self._gap_predicted = 0.0  # grown since then
 
     def on_train_begin(self, logs=None):
-        losses.of_batch(self.model, self._options.get("loss"))  # raises where there is none
+        losses.of_batch(self.model, self._options["loss"])  # raises where there is none
         probe.check_fits(self.model, self._x, "x")
         if self._test is not None:
             probe.check_fits(self.model, self._test[0], "test_data")
-            self._losses = probe.loss_function(self.model, self._options.get("loss"))
+            self._losses = probe.loss_function(self.model, self._options["loss"])
             if not gap.supported(self.model.optimizer):
                 logging.info("gsnr/gap_predicted is not known for this optimiser")
         self._latest = dict.fromkeys(self._columns(), math.nan) | self._latest
@@ -208,10 +225,10 @@ class GSNRCallback(keras.callbacks.Callback):
                 f"the probe set does not fit model {self.model.name!r}: {error.message}"
             ) from error
         found["osgr_predicted"] = metrics.osgr(moments, self._examples)
-        self._latest |= {_log_name(k): v for k, v in found.items() if self._is_logged(k)}
+        self._latest |= {shown.in_logs(k): v for k, v in found.items() if self._is_logged(k)}
         self._untold = {}
         for why, names in metrics.why_nan(moments, self.model, found).items():
-            names = [_log_name(name) for name in names if self._is_logged(name)]
+            names = [shown.in_logs(name) for name in names if self._is_logged(name)]
             if names:
                 self._untold[f"{why}; a larger probe set tells more"] = names
         if record:
@@ -224,19 +241,18 @@ class GSNRCallback(keras.callbacks.Callback):
 
     def _columns(self):
         """The names of all that will ever be logged."""
-        names = [name for name in _LOGGED if name != "same_sign/mean"]
-        if self._options["sign_counts"]:
-            names.append("same_sign/mean")
-        if self._test is not None:
-            names += ["osgr_measured", "gap", "gap_predicted"]
+        lacking = set() if self._options["sign_counts"] else {"signs"}
+        lacking |= set() if self._test is not None else {"test"}
+        numbers = [n for n in shown.NUMBERS.values() if n.in_records and not lacking & set(n.needs)]
+        names = [number.in_records for number in numbers]
         if self._per_layer:
             paths = [v.path for v in self.model.trainable_variables]
             names += [f"gsnr/{path}" for path in paths]
             names += [f"gap_share/{layer}" for layer in metrics.by_layer(paths)]
-        return [_log_name(name) for name in names]
+        return [shown.in_logs(name) for name in names]
 
     def _is_logged(self, name):
-        return _log_name(name) in self._latest
+        return shown.in_logs(name) in self._latest
 
     def _both_losses(self):
         size = self._batch_size
@@ -258,7 +274,7 @@ class GSNRCallback(keras.callbacks.Callback):
         gaps = self._gaps(probe_loss, test_loss)
         test_falls, probe_falls = map(sum, zip(*self._decreases))
         measured = {"osgr_measured": test_falls / probe_falls if probe_falls > 0 else math.nan}
-        self._latest |= {_log_name(name): value for name, value in measured.items()}
+        self._latest |= {shown.in_logs(name): value for name, value in measured.items()}
         self._record(
             found
             | measured
@@ -274,7 +290,7 @@ class GSNRCallback(keras.callbacks.Callback):
         """The gap as it has grown until now, measured and predicted, into the logs."""
         measured = test_loss - probe_loss - self._first_gap
         gaps = {"gap": measured, "gap_predicted": self._gap_predicted}
-        self._latest |= {_log_name(name): value for name, value in gaps.items()}
+        self._latest |= {shown.in_logs(name): value for name, value in gaps.items()}
         return gaps
 
     def _record(self, found):
@@ -297,36 +313,8 @@ class GSNRCallback(keras.callbacks.Callback):
             "test_examples": data.count(self._test[0]) if self._test else 0,
             "examples": self._examples,
             "cadence": self.cadence,
-            "engine": self._options.get("engine", "auto"),
+            "engine": self._options["engine"],
         }
-
-
-_OPTIONS = (
-    "loss",
-    "engine",
-    "batch_size",
-    "training",
-    "batch_norm",
-    "contributions",
-    "seed",
-    "jit_compile",
-    "dtype",
-)
-_LOGGED = (  # all that is measured would bury the loss in the progress bar
-    "gsnr/mean",
-    "gsnr/median",
-    "gsnr/p95",
-    "same_sign/mean",
-    "noise_scale",
-    "osgr_predicted",
-    "dead",
-    "gsnr_plain/mean",
-)
-
-
-def _log_name(name):
-    name = "same_sign" if name == "same_sign/mean" else name
-    return name if name.startswith("gsnr") else f"gsnr/{name}"
 
 
 def _cadence(every_epochs, every_steps, due):

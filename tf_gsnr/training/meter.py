@@ -14,11 +14,11 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from tf_gsnr import arrays, metrics
+from tf_gsnr import arrays, metrics, shown
 from tf_gsnr.training import gap
 from tf_gsnr.training.sample import Sample
 
-SHOWN = ("gsnr", "gsnr_median", "same_sign", "noise_scale", "osgr", "gap_growth")
+SHOWN = shown.IN_FIT
 MEDIAN_SAMPLE = 2**14  # parameters: sorting all of a large model would cost too much
 # Rows of `_sums`: S and V; then, of u_k = B |g|^2 - tr_k and tr_k, what `told_from_zero` asks for.
 SIGNAL, NOISE, TRACE, SQUARES, DIAGONAL, PRODUCTS, SIGNALS_SQUARED = range(7)
@@ -45,7 +45,7 @@ class GSNRMeter(keras.metrics.Metric):
 
     Args:
       variables: those that are measured, built.
-      shown: which of these numbers.
+      names: which of these numbers; see `tf_gsnr.shown`.
       pool: "epoch" sums from the epoch's start, "batch" keeps the last measured step alone.
       bias_corrected: False shows the paper's plain estimates, of sums of g_j^2 and rho2_j and of
         max(n+, n-) / n, untested.
@@ -58,7 +58,7 @@ class GSNRMeter(keras.metrics.Metric):
     def __init__(
         self,
         variables,
-        shown,
+        names,
         *,
         pool,
         bias_corrected,
@@ -69,7 +69,8 @@ class GSNRMeter(keras.metrics.Metric):
         name="gsnr_meter",
     ):
         super().__init__(name=name)
-        self.shown = tuple(shown)
+        self.shown = tuple(names)
+        self._needs = shown.needed(names)
         self._last_only = pool == "batch"
         self._bias_corrected = bias_corrected
         self.sample = sample or Sample([v.shape for v in variables])
@@ -101,14 +102,19 @@ class GSNRMeter(keras.metrics.Metric):
         self._sums = state("sums", [7, len(self._members)], "float64")
         self._agreement = state("agreement", [2], "float64")
         self._signal = self._noise = None
-        if {"gsnr", "gsnr_median"} & set(shown) or layers:
+        if "ratios" in self._needs or layers:
             self._signal = state("signal", [self.sample.size], "float64")
             self._noise = state("noise", [self.sample.size], "float64")
 
     @property
     def sign_counts(self) -> bool:
         """Whether the moments are to come with sign counts."""
-        return "same_sign" in self.shown
+        return "signs" in self._needs
+
+    @property
+    def needs_optimizer(self) -> bool:
+        """Whether a step of the optimiser is looked at."""
+        return "optimizer" in self._needs
 
     def update_state(self, moments, optimizer, every=1, totals=None, gradients=None):
         """Adds a step.
@@ -139,7 +145,7 @@ class GSNRMeter(keras.metrics.Metric):
         if totals is not None:
             known = tf.math.is_finite(totals) & tf.math.is_finite(squares)
             squares, spreads = tf.unstack(tf.where(known, totals, tf.stack([squares, spreads])))
-        if "gap_growth" in self.shown:
+        if self.needs_optimizer:
             factors = gap.preconditioner(optimizer, gradients, self.sample)
             growth = free * gap.expected(m2, spreads, factors, self.sample)
             self._grow(tf.where(usable, growth, self._growth.value), every)  # else: as before
@@ -191,30 +197,26 @@ class GSNRMeter(keras.metrics.Metric):
         n = tf.cast(tf.where(known > 0, known, tf.maximum(learnt, seen)), tf.float64)
         sums = tf.convert_to_tensor(self._sums.value)
         told, bound = self._told(sums)
-        signal, noise = sums[SIGNAL][0], sums[NOISE][0]
-        results = {}
-        for name in self.shown:
-            if name == "gap_growth":
-                known = ~tf.math.is_nan(self._growth.value)
-                value = tf.where(
-                    known, arrays.divide(tf.convert_to_tensor(self._gap.value), n, np.nan), np.nan
-                )
-            elif name == "noise_scale":
-                value = tf.where(told[0], arrays.divide(noise, signal, np.nan), np.nan)
-            elif name == "osgr":
-                whole = signal + arrays.divide(noise, n, np.nan)
-                value = tf.where(told[0], arrays.divide(signal, whole, np.nan), np.nan)
-            elif name == "same_sign":
-                agreeing, pairs = tf.unstack(self._agreement.value)
-                value = arrays.divide(agreeing, pairs, np.nan)
-            else:
-                value = None  # below
-            results[name] = value
+        gap = tf.where(
+            tf.math.is_nan(self._growth.value), tf.constant(np.nan, tf.float64), self._gap.value
+        )
+        means, median = [None], None
         if self._signal is not None:
             means, median = self._ratios(told, bound)
-            values = {"gsnr": means[0], "gsnr_median": median}
-            results |= {name: value for name, value in values.items() if name in results}
-            results |= {f"gsnr/{k}": v for k, v in zip(self._layers, tf.unstack(means)[1:])}
+            means = tf.unstack(means)
+        added_up = shown.Sums(
+            signal=sums[SIGNAL][0],
+            noise=sums[NOISE][0],
+            told=told[0],
+            examples=n,
+            mean_ratio=means[0],
+            median_ratio=median,
+            agreeing=self._agreement.value[0],
+            pairs=self._agreement.value[1],
+            gap=gap,
+        )
+        results = {name: shown.NUMBERS[name].in_fit(added_up) for name in self.shown}
+        results |= {f"gsnr/{layer}": v for layer, v in zip(self._layers, means[1:])}
         return {name: tf.cast(value, tf.float32) for name, value in results.items()}
 
     def _told(self, sums):

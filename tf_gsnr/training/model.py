@@ -17,6 +17,7 @@ import tensorflow as tf
 from absl import logging
 
 from tf_gsnr.gradients import contract, distributed, engines, examples, onednn
+from tf_gsnr.shown import needed
 from tf_gsnr.training import gap, plan, step
 from tf_gsnr.training.meter import SHOWN, GSNRMeter
 from tf_gsnr.training.sample import LEAST, LEAST_OF_LAYERS, SIZE, Sample
@@ -231,13 +232,13 @@ class _Training:
         self.plan.hides_batch_size = _hides(self.shapes)
         self.plan.sizes_vary = any(s is None or None in s[1:] for s in self.shapes)
         options = dict(self.meter_options)
-        if "gap_growth" in options["shown"] and not gap.supported(model.optimizer):
+        if "optimizer" in needed(options["shown"]) and not gap.supported(model.optimizer):
             logging.info(
                 "gap_growth is not shown: %s is not one of %s",
                 type(model.optimizer).__name__,
                 ", ".join(gap.SUPPORTED),
             )
-            options["shown"] = [name for name in options["shown"] if name != "gap_growth"]
+            options["shown"] = [n for n in options["shown"] if "optimizer" not in needed([n])]
         with tf.init_scope(), model.distribute_strategy.scope():
             least = LEAST_OF_LAYERS if options["per_layer"] else LEAST
             sample = Sample([v.shape for v in variables], self.sample, least)

@@ -77,7 +77,7 @@ def measured(model, plan: Plan, meter, data, *, every: int = 1, due=True) -> dic
     due &= _rows_are_examples(found.calls, n)
     meter.advance(_global(n))
     gradients = None
-    if "gap_growth" in meter.shown and gap.needs_gradients(model.optimizer):
+    if meter.needs_optimizer and gap.needs_gradients(model.optimizer):
         gradients = [_reduced_gradient(g, scale) for g in ordinary]
 
     def show(moments):
