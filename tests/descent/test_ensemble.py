@@ -26,7 +26,7 @@ def close(a, b, tolerance=1e-6):
 
 def toy_sets(m, n, batch):
     source, rng = data.load("toy"), np.random.default_rng(0)
-    return source, [examples.stack_chunks(*source.draw(n, rng), batch) for _ in range(m)]
+    return source, [examples.stack_microbatches(*source.draw(n, rng), batch) for _ in range(m)]
 
 
 def image_sets(m, n, batch):
@@ -35,7 +35,7 @@ def image_sets(m, n, batch):
         (rng.uniform(size=[n, 16, 16, 1]).astype("float32"), rng.integers(0, 3, n))
         for _ in range(m)
     ]
-    return None, [examples.stack_chunks(*draw, batch) for draw in draws]
+    return None, [examples.stack_microbatches(*draw, batch) for draw in draws]
 
 
 CASES = {

@@ -187,7 +187,7 @@ def test_statistics_are_exact_whatever_the_chunks(run, source):
     _, work, _ = run
     ((model, functions, initial, _),) = work.traced.values()
     x, y = source.draw(TRAIN, np.random.default_rng(3))
-    chunks, labels, valid = map(tf.constant, examples.stack_chunks(x, y, 5))
+    chunks, labels, valid = map(tf.constant, examples.stack_microbatches(x, y, 5))
     weights = [w[tf.newaxis] for w in map(tf.constant, initial)]
     found = functions.recalibrate(weights, (chunks[tf.newaxis], labels[tf.newaxis], valid))
     model.set_weights([w[0] for w in found])

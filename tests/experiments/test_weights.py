@@ -27,7 +27,7 @@ def network():
     for units, activation in ((4, "tanh"), (3, "tanh"), (2, None)):
         model.add(keras.layers.Dense(units, activation, dtype="float64"))
     model.set_weights([rng.normal(size=w.shape) for w in model.get_weights()])
-    chunks = examples.stack_chunks(rng.normal(size=[7, 3]), rng.integers(0, 2, 7), 3)
+    chunks = examples.stack_microbatches(rng.normal(size=[7, 3]), rng.integers(0, 2, 7), 3)
     return model, tuple(map(tf.constant, chunks))
 
 

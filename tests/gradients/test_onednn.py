@@ -8,7 +8,7 @@ import pytest
 from absl import logging
 
 import tf_gsnr
-from tf_gsnr.gradients import onednn
+from tf_gsnr import keras_internals
 
 L = keras.layers
 X86 = platform.machine().lower() in ("x86_64", "amd64")
@@ -16,7 +16,7 @@ X86 = platform.machine().lower() in ("x86_64", "amd64")
 
 @pytest.mark.skipif(not X86, reason="oneDNN is on by itself elsewhere")
 def test_this_tensorflow_tells():
-    assert isinstance(onednn.is_on(), bool)
+    assert isinstance(keras_internals.onednn_is_on(), bool)
 
 
 @pytest.mark.skipif(not X86, reason="oneDNN is on by itself elsewhere")
@@ -25,7 +25,7 @@ def test_said_once_where_it_is_off(way, caplog, monkeypatch):
     def said(layers, on):
         logging._log_counter_per_token = type(logging._log_counter_per_token)()
         caplog.clear()
-        monkeypatch.setattr(onednn, "is_on", lambda: on)
+        monkeypatch.setattr(keras_internals, "onednn_is_on", lambda: on)
         model = keras.Sequential([keras.Input([6, 6, 1]), *layers, L.Flatten(), L.Dense(2)])
         x, y = np.ones([8, 6, 6, 1]), np.zeros([8, 2])
         with caplog.at_level("WARNING"):

@@ -6,7 +6,7 @@ import keras
 import numpy as np
 
 import tf_gsnr
-from tf_gsnr.gradients import contract
+from tf_gsnr import keras_internals
 
 L = keras.layers
 RNG = np.random.default_rng(0)
@@ -83,21 +83,21 @@ def test_replaced_for_one_thread_only():
     inside, leave, seen = threading.Event(), threading.Event(), []
 
     def other():
-        with contract.replaced([(layer, "call", lambda _: "theirs")]):
+        with keras_internals.replaced([(layer, "call", lambda _: "theirs")]):
             inside.set()
             leave.wait()
-            seen.append(contract.function_of(layer, "call"))
+            seen.append(keras_internals.function_of(layer, "call"))
 
     thread = threading.Thread(target=other)
     thread.start()
     inside.wait()
-    assert contract.function_of(layer, "call") == usual
-    with contract.replaced([(layer, "call", lambda _: "ours")]):
-        assert contract.function_of(layer, "call") == "ours"
-        with contract.replaced([(layer, "call", lambda before: before + " too")]):
-            assert contract.function_of(layer, "call") == "ours too"
+    assert keras_internals.function_of(layer, "call") == usual
+    with keras_internals.replaced([(layer, "call", lambda _: "ours")]):
+        assert keras_internals.function_of(layer, "call") == "ours"
+        with keras_internals.replaced([(layer, "call", lambda before: before + " too")]):
+            assert keras_internals.function_of(layer, "call") == "ours too"
         leave.set()
         thread.join()
-        assert contract.function_of(layer, "call") == "ours"
+        assert keras_internals.function_of(layer, "call") == "ours"
     assert seen == ["theirs"]
     assert "call" not in vars(layer)

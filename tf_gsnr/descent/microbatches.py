@@ -33,7 +33,7 @@ def of_data(x, y, size: int) -> tuple:
     >>> [v.shape.as_list() for v in of_data(tf.zeros([5, 2]).numpy(), tf.zeros([5]).numpy(), 2)]
     [[3, 2, 2], [3, 2], [3, 2]]
     """
-    return tuple(map(tf.constant, examples.stack_chunks(x, y, size)))
+    return tuple(map(tf.constant, examples.stack_microbatches(x, y, size)))
 
 
 class OfChunk(NamedTuple):

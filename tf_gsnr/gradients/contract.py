@@ -1,16 +1,5 @@
 """What every engine takes, gives and leaves alone.
 
-An engine is `build(model, loss, *, sign_counts, training, batch_norm, contributions, wide) ->
-measure` with a loss of `losses.of_batch`, and
-
-    measure(x, y, sample_weight=None, valid=None, seeds=None) -> Measured
-
-may be called in a graph, on a batch of examples whose number is fixed by the shapes:
-  x, y: nested tensors with a leading axis of examples, as the model and the loss take them.
-  sample_weight: per-example (or per-position) factors of the loss; None for 1.
-  valid: bool `[batch]`, False for padding, which counts for nothing; None for all.
-  seeds: a value per variable of `seed_variables(model)`; None for their current values.
-
 g[n] is the gradient of example n's own loss: never divided by the batch size, times its sample
 weight, without weight penalties. The model is left as it was found: the pass is made in a
 `keras.StatelessScope`, so that what a layer assigns (a seed, a moving average) stays in it; the
@@ -19,14 +8,13 @@ variables that it reads are the real ones.
 
 from __future__ import annotations
 
-import contextlib
-import functools
-import threading
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
 
 import keras
 import tensorflow as tf
 
+from tf_gsnr import keras_internals
 from tf_gsnr.moments import Moments
 
 BATCH_NORM_MODES = ("frozen", "batch")
@@ -44,6 +32,45 @@ class Measured(NamedTuple):
     losses: Any
     moments: Moments
     sums: Any = None
+
+
+class Measure(Protocol):
+    """Measures a batch of examples whose number is fixed by the shapes, in a graph or outside."""
+
+    def __call__(self, x, y, sample_weight=None, valid=None, seeds=None) -> Measured:
+        """What is found.
+
+        Args:
+          x, y: nested tensors with a leading axis of examples, as model and loss take them.
+          sample_weight: per-example (or per-position) factors of the loss; None for 1.
+          valid: bool `[batch]`, False for padding, which counts for nothing; None for all.
+          seeds: a value per variable of `seed_variables(model)`; None for their current values.
+        """
+        ...
+
+
+class Engine(Protocol):
+    """Makes a `Measure` for a model and a loss."""
+
+    def __call__(
+        self,
+        model: keras.Model,
+        loss: Callable,
+        *,
+        sign_counts: bool = False,
+        training: bool = False,
+        batch_norm: str = "frozen",
+        contributions: bool = False,
+        wide: bool = False,
+    ) -> Measure:
+        """The measure.
+
+        Args:
+          loss: of `losses.of_batch`.
+          sign_counts, training, batch_norm, contributions: as in `gradient_moments`.
+          wide: whether gradients are scaled before they are squared, and moments are float64.
+        """
+        ...
 
 
 def check_model(model):
@@ -64,12 +91,12 @@ def check_model(model):
 
 def sublayers(model) -> list:
     """Every layer in the model, itself and those inside other layers included, each once."""
-    return list({id(layer): layer for layer in model._flatten_layers()}.values())
+    return keras_internals.layers_in(model)
 
 
 def seed_variables(model) -> list:
     """The state variables of the model's `keras.random.SeedGenerator`s."""
-    return [v for v in model.non_trainable_variables if v.name == "seed_generator_state"]
+    return [v for v in model.non_trainable_variables if keras_internals.is_seed(v)]
 
 
 def seeds_for(model, seed, step) -> list:
@@ -107,71 +134,6 @@ def batch_norm_layers(model) -> list:
     ]
 
 
-class _Switch:
-    """A function on a layer that is another one for the threads that replaced it."""
-
-    def __init__(self, usual):
-        self.usual = usual
-        self.stacks = {}  # thread -> what takes its place there, the last one holds
-
-    def current(self):
-        stack = self.stacks.get(threading.get_ident())
-        return stack[-1] if stack else self.usual
-
-    def __call__(self, *args, **kwargs):
-        return self.current()(*args, **kwargs)
-
-    def __getattr__(self, name):
-        return getattr(self.current(), name)
-
-
-_SWITCHING = threading.Lock()
-
-
-def function_of(layer, name):
-    """The layer's function of that name, as this thread sees it; None without one."""
-    function = getattr(layer, name, None)
-    return function.current() if isinstance(function, _Switch) else function
-
-
-@contextlib.contextmanager
-def replaced(replacements):
-    """While this is open, the function is `make(what it is)` for each `(layer, name, make)`.
-
-    For this thread only: others that call the layer meanwhile find it as it was. Nothing is left
-    behind on the layers, whatever fails in between.
-    """
-    thread, switched = threading.get_ident(), []
-    try:
-        for layer, name, make in replacements:
-            made = make(function_of(layer, name))
-            with _SWITCHING:
-                switch = vars(layer).get(name)
-                if not isinstance(switch, _Switch):
-                    switch = _Switch(getattr(layer, name))
-                    switch.of_layer = name in vars(layer)  # as replaced by someone else before
-                    object.__setattr__(layer, name, switch)
-                switch.stacks.setdefault(thread, []).append(made)
-            switched.append((layer, name, switch))
-        yield
-    finally:
-        for layer, name, switch in reversed(switched):
-            with _SWITCHING:
-                switch.stacks[thread].pop()
-                if not switch.stacks[thread]:
-                    del switch.stacks[thread]
-                if not switch.stacks:
-                    if switch.of_layer:
-                        object.__setattr__(layer, name, switch.usual)
-                    else:
-                        object.__delattr__(layer, name)
-
-
-def replaced_calls(layers, make):
-    """`replaced` for the `call` of each layer, by `make(layer, call)`."""
-    return replaced([(layer, "call", functools.partial(make, layer)) for layer in layers])
-
-
 def frozen_batch_norm(model):
     """While this is open, batch-norm layers use their moving statistics whatever the mode."""
 
@@ -181,7 +143,7 @@ def frozen_batch_norm(model):
 
         return inference
 
-    return replaced_calls(batch_norm_layers(model), frozen)
+    return keras_internals.replaced_calls(batch_norm_layers(model), frozen)
 
 
 def values_given(variables) -> list:

@@ -11,6 +11,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from tf_gsnr import keras_internals
 from tf_gsnr.gradients import contract, examples, losses
 from tf_gsnr.gradients.layerwise import capture, rules
 from tf_gsnr.gradients.layerwise import engine as layerwise
@@ -74,7 +75,9 @@ def explain(model: keras.Model) -> Table:
 def _units(model):
     """The model's units but for those inside of others."""
     whole = layerwise.whole_layers(model)
-    inside = {id(one) for layer in whole for one in layer._flatten_layers(include_self=False)}
+    inside = {
+        id(one) for layer in whole for one in keras_internals.layers_in(layer, include_self=False)
+    }
     units = capture.units_of(model, whole, rules.activation_of)
     return [unit for unit in units if id(unit.layer) not in inside]
 

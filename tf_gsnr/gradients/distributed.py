@@ -9,6 +9,7 @@ import itertools
 
 import tensorflow as tf
 
+from tf_gsnr import keras_internals
 from tf_gsnr.moments import Moments
 
 SUPPORTED = (
@@ -27,7 +28,7 @@ def check_strategy(strategy, model):
             "device (strategy=None)"
         )
     for variable in model.variables:
-        if not strategy.extended.variable_created_in_scope(variable.value):
+        if not keras_internals.is_of_strategy(strategy, variable):
             raise ValueError(
                 f"model {model.name!r} was not made for this strategy: build (or load) it within "
                 "`with strategy.scope():`"
@@ -135,7 +136,7 @@ def where(condition, action, moments):
         first = strategy.experimental_local_results(condition)[0]
 
         def on_each():
-            strategy.extended.call_for_each_replica(action, args=(moments,))
+            keras_internals.on_each_replica(strategy, action, (moments,))
             return True
 
         tf.cond(first, on_each, lambda: False)

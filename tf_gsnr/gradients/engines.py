@@ -6,8 +6,6 @@ An engine is a function of a model and a loss that makes a `measure`; the contra
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import tensorflow as tf
 from absl import logging
 
@@ -15,10 +13,10 @@ from tf_gsnr.gradients import contract, losses
 from tf_gsnr.gradients.layerwise import engine as layerwise
 from tf_gsnr.gradients.vectorized import engine as vectorized
 
-ENGINES = {"layerwise": layerwise.build, "vectorized": vectorized.build}
+ENGINES: dict[str, contract.Engine] = {"layerwise": layerwise.build, "vectorized": vectorized.build}
 
 
-def build(model, loss=None, *, engine: str = "auto", **options) -> Callable:
+def build(model, loss=None, *, engine: str = "auto", **options) -> contract.Measure:
     """Returns the `measure` function (see `contract`) of the named engine.
 
     Args:
@@ -41,6 +39,12 @@ def check_name(engine: str):
     if engine != "auto" and engine not in ENGINES:
         names = ", ".join(["auto", *sorted(ENGINES)])
         raise ValueError(f"unknown engine {engine!r}; available: {names}")
+
+
+def tried(engine: str) -> list[str]:
+    """The names of the engines that are tried in turn until one measures the model right."""
+    check_name(engine)
+    return ["layerwise", "vectorized"] if engine == "auto" else [engine]
 
 
 def resolve_jit_compile(jit_compile: bool | str) -> bool:

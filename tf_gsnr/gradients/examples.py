@@ -29,8 +29,8 @@ def check_batch_size(batch_size):
         raise ValueError(f"batch_size={batch_size!r}: expected a positive integer")
 
 
-def stack_chunks(x, y, batch_size: int):
-    """Cuts arrays into `(x, y, valid)` with leading axes `[chunks, batch_size]` for `accumulate`.
+def stack_microbatches(x, y, batch_size: int):
+    """Cuts arrays into `(x, y, valid)` with leading axes `[micro-batches, batch_size]`.
 
     The last chunk is filled up with copies of the last example, which are not valid.
     """

@@ -11,6 +11,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from tf_gsnr import keras_internals
 from tf_gsnr.gradients import examples
 
 
@@ -161,9 +162,9 @@ def _masked_rows(prediction, rows):
     if not tf.is_tensor(prediction) or not prediction.shape.rank:
         return prediction
     part = tf.identity(prediction[rows])
-    mask = getattr(prediction, "_keras_mask", None)
+    mask = keras_internals.mask_of(prediction)
     if mask is not None:
-        part._keras_mask = mask[rows]
+        keras_internals.set_mask(part, mask[rows])
     return part
 
 

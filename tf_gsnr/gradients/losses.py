@@ -13,6 +13,7 @@ from collections.abc import Callable
 import keras
 import tensorflow as tf
 
+from tf_gsnr import keras_internals
 from tf_gsnr.gradients import examples
 from tf_gsnr.gradients.vectorized import example_map
 
@@ -23,7 +24,7 @@ class _WithLoss(keras.Model):
     def __init__(self, model, loss):
         super().__init__(name="loss")
         self.output_names = getattr(model, "output_names", None)
-        object.__setattr__(self, "_measured", model)  # Keras would track it as a layer
+        keras_internals.set_silently(self, "_measured", model)  # Keras would track it as a layer
         with _precision_of(self):
             self.compile(loss=loss)
 
@@ -58,7 +59,7 @@ def of_batch(model, loss=None) -> Callable:
 
     def fn(x, y, predictions, sample_weight=None, training=False):
         with without_penalties(model), _precision_of(owner):
-            value = owner._compute_loss(x, y, predictions, sample_weight, training=training)
+            value = keras_internals.loss_of_batch(owner, x, y, predictions, sample_weight, training)
         # Keras divides by the number of replicas, so that their losses add up to that of all.
         replicas = tf.distribute.get_strategy().num_replicas_in_sync
         return value if replicas == 1 else value * replicas
@@ -109,14 +110,13 @@ def of_examples(loss: Callable, x, y, predictions, sample_weight=None, training=
     Raises:
       ValueError: the loss of one example is not one number.
     """
-    masks = keras.tree.map_structure(lambda p: getattr(p, "_keras_mask", None), predictions)
+    masks = keras.tree.map_structure(keras_internals.mask_of, predictions)
     data = (x if loss.uses_inputs else None, y, predictions, sample_weight, masks)
 
     def one(_, batch):
         x, y, predictions, weight, masks = batch
         for prediction, mask in zip(tf.nest.flatten(predictions), tf.nest.flatten(masks)):
-            if mask is not None:
-                prediction._keras_mask = mask
+            keras_internals.set_mask(prediction, mask)
         with keras.StatelessScope():  # what it assigns (a metric of its own) is left alone
             return one_number(loss(x, y, predictions, weight, training))
 

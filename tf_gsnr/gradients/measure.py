@@ -128,57 +128,6 @@ def gradient_moments(
     >>> int(moments.count), [v.shape for v in moments.variance()]
     (100, [(3, 1), (1,)])
     """
-    moments, _ = _measured(
-        model,
-        x,
-        y,
-        loss,
-        sample_weight=sample_weight,
-        engine=engine,
-        batch_size=batch_size,
-        sign_counts=sign_counts,
-        training=training,
-        seed=seed,
-        batch_norm=batch_norm,
-        contributions=contributions,
-        recalibrate=recalibrate,
-        dtype=dtype,
-        jit_compile=jit_compile,
-        strategy=strategy,
-    )
-    return moments
-
-
-def chosen_engine(model, x, y, loss=None, engine: str = "auto") -> str:
-    """The engine that measures this model right, tried on a few of its examples.
-
-    Raises:
-      ValueError: the engine asked for does not.
-    """
-    _, chosen = _measured(model, x, y, loss, engine=engine)
-    return chosen
-
-
-def _measured(
-    model,
-    x,
-    y,
-    loss,
-    *,
-    sample_weight=None,
-    engine="auto",
-    batch_size=256,
-    sign_counts=False,
-    training=False,
-    seed=None,
-    batch_norm="frozen",
-    contributions=False,
-    recalibrate=False,
-    dtype=None,
-    jit_compile="auto",
-    strategy=None,
-) -> tuple[Moments, str]:
-    """`(moments, name of the engine)`; see `gradient_moments`."""
     engines.check_name(engine)
     examples.check_batch_size(batch_size)
     contract.check_model(model)
@@ -218,9 +167,8 @@ def _measured(
     if recalibrate:
         statistics = recalibration.whole_data_statistics(model, data)
     with _ONE_AT_A_TIME, examination.kept_variables(model, loss), statistics:
-        tried = [engine]
-        if engine == "auto":  # the reference engine runs examples alone: it has no contributions
-            tried = ["layerwise"] if contributions else ["layerwise", "vectorized"]
+        # The reference engine runs examples alone: it has no contributions.
+        tried = ["layerwise"] if engine == "auto" and contributions else engines.tried(engine)
         unfit = None
         for name in tried:
             stream = Stream(
@@ -241,5 +189,22 @@ def _measured(
             examples.check_finite(model, moments, int(bad))
             if unfit is not None:  # which is known of numbers only that are finite
                 unfit.unfit = True
-            return moments.numpy(), name
+            return moments.numpy()
+    raise AssertionError("the last engine returns or raises")
+
+
+def chosen_engine(model, x, y, loss=None, engine: str = "auto") -> str:
+    """The engine that measures this model right, tried on a few of its examples.
+
+    Raises:
+      ValueError: the engine asked for does not.
+    """
+    tried = engines.tried(engine)
+    for name in tried:
+        try:
+            gradient_moments(model, x, y, loss, engine=name)
+            return name
+        except conservation.NotConserved:
+            if name == tried[-1]:
+                raise
     raise AssertionError("the last engine returns or raises")

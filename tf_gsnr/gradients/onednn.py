@@ -8,6 +8,7 @@ import keras
 import tensorflow as tf
 from absl import logging
 
+from tf_gsnr import keras_internals
 from tf_gsnr.gradients import contract
 
 ADVICE = (
@@ -26,19 +27,12 @@ _CONVOLUTIONS = tuple(
 
 def warn_if_off(model: keras.Model):
     """Says so once, where it is off and the model would gain by it: convolutions on an x86 CPU."""
-    if platform.machine().lower() not in ("x86_64", "amd64") or is_on() is not False:
+    if (
+        platform.machine().lower() not in ("x86_64", "amd64")
+        or keras_internals.onednn_is_on() is not False
+    ):
         return
     if tf.config.list_logical_devices("GPU") or tf.config.list_logical_devices("TPU"):
         return
     if any(isinstance(layer, _CONVOLUTIONS) for layer in contract.sublayers(model)):
         logging.log_first_n(logging.WARNING, ADVICE, 1)
-
-
-def is_on() -> bool | None:
-    """None where this release of TensorFlow does not tell."""
-    try:  # there is no public name for it
-        from tensorflow.python.util import _pywrap_util_port
-
-        return bool(_pywrap_util_port.IsMklEnabled())
-    except (ImportError, AttributeError):
-        return None

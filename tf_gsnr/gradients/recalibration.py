@@ -16,6 +16,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from tf_gsnr import keras_internals
 from tf_gsnr.gradients import contract
 
 
@@ -77,7 +78,7 @@ def forward(model: keras.Model, x, valid=None) -> tuple:
         return with_own_statistics
 
     state = [(v, tf.convert_to_tensor(v.value)) for v in model.variables]
-    with contract.replaced_calls(layers, recalibrated):
+    with keras_internals.replaced_calls(layers, recalibrated):
         with keras.StatelessScope(state_mapping=state) as scope:
             predictions = model(x, training=False)
     moving = [v for layer in layers for v in (layer.moving_mean, layer.moving_variance)]
@@ -114,7 +115,7 @@ def _in_order_of_calls(model, x):
 
         return noted
 
-    with contract.replaced_calls(layers, noting):
+    with keras_internals.replaced_calls(layers, noting):
         with keras.StatelessScope():
             model(x, training=False)
     return list(seen.values())
@@ -134,7 +135,7 @@ def _statistics(model, layer, batches):
 
             return noted
 
-        with contract.replaced_calls([layer], noting), keras.StatelessScope():
+        with keras_internals.replaced_calls([layer], noting), keras.StatelessScope():
             model(x, training=False)
         return found
 

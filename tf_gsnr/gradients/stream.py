@@ -15,6 +15,7 @@ import numpy as np
 import tensorflow as tf
 from absl import logging
 
+from tf_gsnr import keras_internals
 from tf_gsnr.gradients import (
     checking,
     contract,
@@ -91,7 +92,7 @@ class Stream:
         self.seed = None if seed is None else tf.constant(seed, tf.int64)
         used = loss
         if loss is None:
-            used = getattr(model, "_compile_loss", None)  # made anew by each compile
+            used = keras_internals.compiled_loss(model)  # made anew by each compile
         known = _KNOWN.setdefault(model, _Known())
         self.known, self.used = known, used
         self.attributes = fingerprint.of(model, used)

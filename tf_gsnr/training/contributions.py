@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 import tensorflow as tf
 
-from tf_gsnr import arrays
+from tf_gsnr import arrays, keras_internals
 from tf_gsnr.gradients import conservation
 from tf_gsnr.gradients.layerwise import dense_forms
 from tf_gsnr.gradients.layerwise import engine as layerwise
@@ -197,6 +197,6 @@ def _penalty_gradient(model, variable):
     with tf.GradientTape() as tape:
         value = tf.convert_to_tensor(variable.value)
         tape.watch(value)
-        penalty = model._aggregate_additional_loss(variable.regularizer(value))
+        penalty = keras_internals.scaled_penalty(model, variable.regularizer(value))
         penalty = model.optimizer.scale_loss(penalty)
     return tape.gradient(penalty, value)

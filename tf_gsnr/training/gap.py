@@ -25,15 +25,71 @@ which has the sign of the gradient only, it is zero.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import keras
 import tensorflow as tf
 
-SUPPORTED = ("SGD", "RMSprop", "Adagrad", "Adam", "AdamW")
+from tf_gsnr import keras_internals
+
+_STEPS: dict[type, Callable] = {}
+
+
+def register_optimizer(optimizer_class: type) -> Callable:
+    """Decorator: the function tells the derivative P_j of this optimiser's step by the gradient.
+
+    It holds for subclasses too, unless they override `update_step`. It is called after a step as
+    `function(optimizer, k, slot, gradients)`:
+      k: float64 scalar, how many steps the optimiser has made.
+      slot: `slot(kind)`, or `slot(list of arrays like the variables)`: what these hold at the
+        measured parameters, float64 `[k]`; kinds as in `keras_internals.slots`.
+      gradients: the mean gradients that it was given; None for each that had none.
+    It returns `(rate, own)`, scalar and `[k]` or None, of which P_j is the product.
+
+    Raises:
+      TypeError: not a class of optimisers.
+
+    Example: an optimiser that makes half the step of SGD.
+
+    >>> class Half(keras.optimizers.SGD):
+    ...     def update_step(self, gradient, variable, learning_rate):
+    ...         super().update_step(gradient / 2, variable, learning_rate)
+    >>> supported(Half())
+    False
+    >>> @register_optimizer(Half)
+    ... def half(optimizer, k, slot, gradients):
+    ...     return tf.convert_to_tensor(optimizer.learning_rate) / 2, None
+    >>> supported(Half())
+    True
+    """
+    if not (isinstance(optimizer_class, type) and issubclass(optimizer_class, keras.Optimizer)):
+        raise TypeError(f"register_optimizer({optimizer_class!r}): expected a keras.Optimizer")
+
+    def register(function):
+        _STEPS[optimizer_class] = function
+        return function
+
+    return register
+
+
+def _step_of(optimizer) -> Callable | None:
+    """The function of its class, or of the class that its `update_step` comes from."""
+    for cls in type(_inner(optimizer)).__mro__:
+        if cls in _STEPS:
+            return _STEPS[cls]
+        if "update_step" in vars(cls):
+            return None
+    return None
 
 
 def supported(optimizer) -> bool:
     """Whether the optimiser's step is known to be a diagonal matrix times the gradient."""
-    return type(_inner(optimizer)).__name__ in SUPPORTED
+    return _step_of(optimizer) is not None
+
+
+def names() -> str:
+    """The classes of the optimisers that are known."""
+    return ", ".join(cls.__name__ for cls in _STEPS)
 
 
 def preconditioner(optimizer, gradients, sample):
@@ -57,32 +113,60 @@ def preconditioner(optimizer, gradients, sample):
     Returns:
       `(of_variables, of_parameters)`, float64: P_j is the product of that of its variable, `[v]` or
       one for all, and its own `[k]`, which is None where it is 1.
+
+    Raises:
+      ValueError: it is not supported.
     """
+    step = _step_of(optimizer)
+    if step is None:
+        kind = type(_inner(optimizer)).__name__
+        raise ValueError(f"optimizer {kind}: expected one of {names()}, or one registered")
     optimizer = _inner(optimizer)
-    rate = tf.cast(tf.convert_to_tensor(optimizer.learning_rate), tf.float64)
+
+    def slot(kind_or_values):
+        values = kind_or_values
+        if isinstance(values, str):
+            values = [v.value for v in keras_internals.slots(optimizer, values)]
+        return sample.take(values)
+
     k = tf.cast(tf.maximum(tf.convert_to_tensor(optimizer.iterations), 1), tf.float64)
-    name = type(optimizer).__name__
+    rate, own = step(optimizer, k, slot, gradients)
+    batches = optimizer.gradient_accumulation_steps or 1  # an update is the mean of so many
+    return tf.cast(rate, tf.float64) / batches * _clipping(optimizer, gradients), own
 
-    def slot(variables):
-        return sample.take([getattr(v, "value", v) for v in variables])
 
-    own = None
-    if name == "SGD":
-        mu = optimizer.momentum
-        rate *= (1 - mu**k) / (1 - mu) if mu < 1 else k
-    elif name in ("Adam", "AdamW"):
-        m = slot(optimizer._momentums) / (1 - optimizer.beta_1**k)
-        v = slot(optimizer._velocity_hats if optimizer.amsgrad else optimizer._velocities)
-        v /= 1 - optimizer.beta_2**k
-        own = _rest(tf.square(m), v) / (tf.sqrt(v) + optimizer.epsilon)
-    elif name in ("RMSprop", "Adagrad"):
-        share = 1 - optimizer.rho if name == "RMSprop" else 1.0
-        v = slot(optimizer._velocities if name == "RMSprop" else optimizer._accumulators)
-        own = _rest(share * tf.square(slot(gradients)), v) / tf.sqrt(v + optimizer.epsilon)
-    else:
-        raise ValueError(f"optimizer {name}: expected one of {', '.join(SUPPORTED)}")
-    steps = optimizer.gradient_accumulation_steps or 1  # an update is the mean of so many batches
-    return rate / steps * _clipping(optimizer, gradients), own
+def _rate(optimizer):
+    return tf.cast(tf.convert_to_tensor(optimizer.learning_rate), tf.float64)
+
+
+@register_optimizer(keras.optimizers.SGD)
+def _sgd(optimizer, k, slot, gradients):
+    mu = optimizer.momentum
+    return _rate(optimizer) * ((1 - mu**k) / (1 - mu) if mu < 1 else k), None
+
+
+@register_optimizer(keras.optimizers.AdamW)
+@register_optimizer(keras.optimizers.Adam)
+def _adam(optimizer, k, slot, gradients):
+    m = slot("momentums") / (1 - optimizer.beta_1**k)
+    v = slot("velocity_hats" if optimizer.amsgrad else "velocities") / (1 - optimizer.beta_2**k)
+    return _rate(optimizer), _rest(tf.square(m), v) / (tf.sqrt(v) + optimizer.epsilon)
+
+
+@register_optimizer(keras.optimizers.RMSprop)
+def _rmsprop(optimizer, k, slot, gradients):
+    return _of_root(optimizer, slot("velocities"), 1 - optimizer.rho, slot(gradients))
+
+
+@register_optimizer(keras.optimizers.Adagrad)
+def _adagrad(optimizer, k, slot, gradients):
+    return _of_root(optimizer, slot("accumulators"), 1.0, slot(gradients))
+
+
+def _of_root(optimizer, v, share, gradient):
+    """Of the step `lambda g / sqrt(v + epsilon)`, of whose v a share is g^2."""
+    own = _rest(share * tf.square(gradient), v) / tf.sqrt(v + optimizer.epsilon)
+    return _rate(optimizer), own
 
 
 def _rest(part, whole):
@@ -114,7 +198,7 @@ def needs_gradients(optimizer) -> bool:
     """Whether `preconditioner` looks at the gradients."""
     optimizer = _inner(optimizer)
     clips = optimizer.clipnorm or optimizer.global_clipnorm
-    return bool(clips) or type(optimizer).__name__ in ("RMSprop", "Adagrad")
+    return bool(clips) or _step_of(optimizer) not in (_sgd, _adam)
 
 
 def _clipping(optimizer, gradients):

@@ -16,6 +16,7 @@ import numpy as np
 import tensorflow as tf
 from absl import logging
 
+from tf_gsnr import keras_internals
 from tf_gsnr.gradients import contract, distributed, engines, examples, onednn
 from tf_gsnr.shown import needed
 from tf_gsnr.training import gap, plan, step
@@ -147,9 +148,9 @@ class _Training:
 
     def take_over(self):
         for name in ("train_step", "make_train_function", "fit"):
-            object.__setattr__(self.model, name, getattr(self, name))
-        object.__setattr__(self.model, "_meter", None)
-        object.__setattr__(self.model, "_gsnr_training", self)
+            keras_internals.set_silently(self.model, name, getattr(self, name))
+        keras_internals.set_silently(self.model, "_meter", None)
+        keras_internals.set_silently(self.model, "_gsnr_training", self)
         self.model.train_function = None  # of an earlier fit
 
     def fit(self, *args, **kwargs):
@@ -236,7 +237,7 @@ class _Training:
             logging.info(
                 "gap_growth is not shown: %s is not one of %s",
                 type(model.optimizer).__name__,
-                ", ".join(gap.SUPPORTED),
+                gap.names(),
             )
             options["shown"] = [n for n in options["shown"] if "optimizer" not in needed([n])]
         with tf.init_scope(), model.distribute_strategy.scope():
@@ -246,7 +247,7 @@ class _Training:
             self.meter = GSNRMeter(variables, options.pop("shown"), **options)
         self.read = tf.function(self.meter.result, autograph=False)
         self.looked = -np.inf
-        object.__setattr__(model, "_meter", self.meter)
+        keras_internals.set_silently(model, "_meter", self.meter)
         self.steps = 0
 
     def make_train_function(self, force=False):
@@ -328,7 +329,7 @@ class _Training:
             plain = tf.nest.map_structure(_none_if_optional, data)
             if all(v is None or isinstance(v, tf.Tensor) for v in tf.nest.flatten(plain)):
                 with contextlib.suppress(Exception):  # what is wrong is Keras's step to say
-                    model._symbolic_build(data_batch=plain)
+                    keras_internals.build_loss_and_metrics(model, plain)
 
     def plan_is_settled(self):
         return self.plan is not None and self.plan.settled

@@ -18,6 +18,7 @@ from __future__ import annotations
 import keras
 import tensorflow as tf
 
+from tf_gsnr import keras_internals
 from tf_gsnr.gradients import distributed
 from tf_gsnr.gradients.layerwise import capture, rules
 from tf_gsnr.training import contributions, gap
@@ -46,9 +47,10 @@ def measured(model, plan: Plan, meter, data, *, every: int = 1, due=True) -> dic
             given = x, y, predictions, sample_weight
             given = as_traced(given, plan.hides_batch_size)
             before = operations()
-            loss = model._compute_loss(*given, training=True)
-        if model._loss_tracker is not None:
-            model._loss_tracker.update_state(loss * replicas(), sample_weight=n)
+            loss = keras_internals.loss_of_batch(model, *given, training=True)
+        tracker = keras_internals.loss_tracker(model)
+        if tracker is not None:
+            tracker.update_state(loss * replicas(), sample_weight=n)
         scaled = model.optimizer.scale_loss(loss)
     end = len(operations())
     watched = found.watched()
@@ -114,14 +116,13 @@ def _hidden(value):
     if value.shape[0] is None:
         return value
     hidden = tf.raw_ops.PlaceholderWithDefault(input=value, shape=[None, *value.shape[1:]])
-    mask = getattr(value, "_keras_mask", None)
-    if mask is not None:
-        hidden._keras_mask = _hidden(mask)
+    mask = keras_internals.mask_of(value)
+    keras_internals.set_mask(hidden, None if mask is None else _hidden(mask))
     return hidden
 
 
 def _called(model, x):
-    return model(x, training=True) if model._call_has_training_arg else model(x)
+    return model(x, training=True) if keras_internals.takes_training(model) else model(x)
 
 
 def _refuse_names(logs, meter):

@@ -68,7 +68,7 @@ def feature_terms(model, layer, loss_fn, learning_rate: float, chunks) -> Terms:
     >>> from tf_gsnr.gradients import examples
     >>> from tf_gsnr.models import per_example
     >>> model = keras.Sequential([keras.Input([2]), keras.layers.Dense(3), keras.layers.Dense(1)])
-    >>> chunks = examples.stack_chunks(np.ones([4, 2], "f4"), np.ones([4, 1], "f4"), 4)
+    >>> chunks = examples.stack_microbatches(np.ones([4, 2], "f4"), np.ones([4, 1], "f4"), 4)
     >>> terms = feature_terms(model, model.layers[1], per_example("mse"), 0.1, chunks)
     >>> terms.own_weight.shape, bool(tf.reduce_all(terms.own_weight * model.layers[1].kernel <= 0))
     (TensorShape([3, 1]), True)

@@ -16,6 +16,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from tf_gsnr import keras_internals
 from tf_gsnr.gradients import contract
 
 
@@ -47,19 +48,14 @@ def units_of(model: keras.Model, whole: Sequence, activation_of: Callable) -> li
         variables = layer.trainable_variables
         is_whole = any(layer is one for one in whole)
         if not is_whole:
-            inner = layer._flatten_layers(include_self=False)
+            inner = keras_internals.layers_in(layer, include_self=False)
             theirs = {id(v) for other in inner for v in other.variables}
             variables = [v for v in variables if id(v) not in theirs]
         variables = tuple(v for v in variables if id(v) in wanted)
         if variables:
-            opaque = is_whole or rematerialised(layer)
+            opaque = is_whole or keras_internals.is_rematerialised(layer)
             units.append(Unit(layer, variables, is_whole, None if opaque else activation_of(layer)))
     return units
-
-
-def rematerialised(layer) -> bool:
-    """Whether Keras recomputes the layer in the backward pass, so that its inside has no tape."""
-    return getattr(layer, "_remat_mode", None) is not None
 
 
 @dataclasses.dataclass
@@ -155,7 +151,7 @@ def watching(model, units: Sequence[Unit], tape, n, *, training: bool, all_outpu
     watcher = _Watcher(tape, n, training)
     replacements = []
     for unit in units:
-        if rematerialised(unit.layer):
+        if keras_internals.is_rematerialised(unit.layer):
             around = functools.partial(watcher.around, unit)
             replacements.append((unit.layer, "rematerialized_call", around))
         else:
@@ -163,9 +159,13 @@ def watching(model, units: Sequence[Unit], tape, n, *, training: bool, all_outpu
     if all_outputs:
         taken = {id(unit.layer) for unit in units}
         for layer in contract.sublayers(model):
-            if layer is not model and not layer._layers and id(layer) not in taken:
+            if (
+                layer is not model
+                and not keras_internals.layers_directly_in(layer)
+                and id(layer) not in taken
+            ):
                 replacements.append((layer, "call", functools.partial(watcher.output, layer)))
-    with contract.replaced(replacements):
+    with keras_internals.replaced(replacements):
         yield watcher.found
 
 
@@ -239,10 +239,9 @@ class _Watcher:
         if not _is_real(output):
             return output
         if id(output) in self.held:
-            mask = getattr(output, "_keras_mask", None)
+            mask = keras_internals.mask_of(output)
             output = tf.identity(output)
-            if mask is not None:
-                output._keras_mask = mask
+            keras_internals.set_mask(output, mask)
         self.held[id(output)] = output
         self.tape.watch(output)
         return output
@@ -271,9 +270,9 @@ def _graph():
 @contextlib.contextmanager
 def without_activation(layer, attribute: str | None):
     """While this is open, `layer` stops short of its activation, which is handed out (or None)."""
-    activation = contract.function_of(layer, attribute) if attribute else None
+    activation = keras_internals.function_of(layer, attribute) if attribute else None
     if activation is None or activation is keras.activations.linear:
         yield None
         return
-    with contract.replaced([(layer, attribute, lambda _: keras.activations.linear)]):
+    with keras_internals.replaced([(layer, attribute, lambda _: keras.activations.linear)]):
         yield activation

@@ -15,12 +15,11 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from tf_gsnr import keras_internals
 from tf_gsnr.gradients import conservation, contract, losses
-from tf_gsnr.gradients.layerwise import capture, fallback, forms, layer_rules, recurrent, rules
+from tf_gsnr.gradients.layerwise import capture, fallback, forms, recurrent, rules
 from tf_gsnr.gradients.sums import Groups, Sums, grouped
 from tf_gsnr.moments import Moments
-
-assert layer_rules  # importing it registers Keras's layers
 
 
 def build(
@@ -33,8 +32,8 @@ def build(
     contributions: bool = False,
     wide: bool = False,
     summed: Groups = (),
-) -> Callable:
-    """Returns `measure` as `gradients.contract` defines it.
+) -> contract.Measure:
+    """An engine, as `gradients.contract` defines it.
 
     Args:
       contributions: differentiate the loss of the whole batch, times its number of examples,
@@ -191,7 +190,9 @@ def wider(model, whole, missed) -> tuple[list, list]:
     before, whole, unseen = whole, list(whole), []
     for variable in missed:
         owner = owners.get(id(variable))
-        outer = [p for p in layers if any(owner is c for c in p._layers)]
+        outer = [
+            p for p in layers if any(owner is c for c in keras_internals.layers_directly_in(p))
+        ]
         outer = [p for p in outer if not any(p is w for w in before)]
         if not outer:
             unseen.append(variable)
@@ -281,7 +282,7 @@ def _answer(call) -> list:
         (call.args, call.kwargs),
     )
     rule = None if call.unit.whole else rules.rule_of(call.layer)
-    if rule is not None and capture.rematerialised(call.layer) and rule.activation:
+    if rule is not None and keras_internals.is_rematerialised(call.layer) and rule.activation:
         rule = None if _is_activated(call.layer, rule.activation) else rule
     answer = None if rule is None else rule.function(call)
     if answer is not None:
@@ -297,7 +298,7 @@ def _answer(call) -> list:
 
 
 def _is_activated(layer, attribute):
-    return contract.function_of(layer, attribute) not in (None, keras.activations.linear)
+    return keras_internals.function_of(layer, attribute) not in (None, keras.activations.linear)
 
 
 def _fold(call, expected):

@@ -11,7 +11,7 @@ import math
 import keras
 import tensorflow as tf
 
-from tf_gsnr.gradients import contract
+from tf_gsnr import keras_internals
 from tf_gsnr.gradients.layerwise import capture, dense_forms, forms, recurrent
 from tf_gsnr.gradients.layerwise.one_by_one import OneByOne
 from tf_gsnr.gradients.vectorized import example_map
@@ -87,7 +87,10 @@ def _one_example(call):
         for i, v in zip(split, inputs):
             mine[i] = v
         # Adding 0 n marks a seed as varying with n: see converters.py.
-        state = [(v, s + tf.cast(0 * n, s.dtype) if _is_seed(v) else s) for v, s in call.state]
+        state = [
+            (v, s + tf.cast(0 * n, s.dtype) if keras_internals.is_seed(v) else s)
+            for v, s in call.state
+        ]
         args, kwargs = tf.nest.pack_sequence_as(arguments, mine)
         return _product(call, args, kwargs, state, dict(zip(used, gradients)), drew)
 
@@ -126,7 +129,9 @@ def _product(call, args, kwargs, state, gradients, drew):
             output = call.layer(*args, **kwargs)
             after = [scope.get_current_value(v) for v, _ in state]
         output = tf.nest.flatten(output)
-    drew += [v for (v, _), a, b in zip(state, before, after) if a is not b and _is_seed(v)]
+    drew += [
+        v for (v, _), a, b in zip(state, before, after) if a is not b and keras_internals.is_seed(v)
+    ]
     found = tape.gradient(
         [output[i] for i in gradients],
         sources,
@@ -136,15 +141,11 @@ def _product(call, args, kwargs, state, gradients, drew):
     return [tf.convert_to_tensor(g) for g in found]
 
 
-def _is_seed(variable):
-    return variable.name == "seed_generator_state"
-
-
 def _once(layer):
     """While this is open, Keras does not recompute the layer in its backward pass."""
-    if not capture.rematerialised(layer):
-        return contract.replaced([])
-    return contract.replaced(
+    if not keras_internals.is_rematerialised(layer):
+        return keras_internals.replaced([])
+    return keras_internals.replaced(
         [(layer, "rematerialized_call", lambda _: lambda call, *_, **__: call)]
     )
 

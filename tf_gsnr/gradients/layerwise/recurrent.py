@@ -20,6 +20,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from tf_gsnr import keras_internals
 from tf_gsnr.gradients import contract
 from tf_gsnr.gradients.layerwise import cell_rules, forms
 from tf_gsnr.gradients.vectorized import example_map
@@ -70,7 +71,7 @@ def products(call) -> list | None:
     with tf.GradientTape(watch_accessed_variables=False) as tape:
         with keras.StatelessScope(state_mapping=state) as scope:
             loop = functools.partial(_forwards, layer, state, scope, tape, runs)
-            with contract.replaced([(layer, "inner_loop", lambda _: loop)]):
+            with keras_internals.replaced([(layer, "inner_loop", lambda _: loop)]):
                 output = layer.call(*call.args, **call.kwargs)
     if len(runs) != 1:
         return None
@@ -261,7 +262,7 @@ def _masks(cell):
 def _with_masks(cells_and_masks):
     """While this is open, these cells have these dropout masks."""
     names = ("get_dropout_mask", "get_recurrent_dropout_mask")
-    return contract.replaced(
+    return keras_internals.replaced(
         [
             (cell, name, lambda _, mask=mask: lambda _: mask)
             for cell, masks in cells_and_masks
@@ -322,7 +323,7 @@ def _backwards(cell, state, run, gradients) -> list[Steps]:
                 stack.enter_context(keras.StatelessScope(state_mapping=state))
                 stack.enter_context(_with_masks(masks))
                 watched = functools.partial(_watched, tape, notes)
-                stack.enter_context(contract.replaced_calls(distinct, watched))
+                stack.enter_context(keras_internals.replaced_calls(distinct, watched))
                 output, new = run.step(cell, run.x[t], before)
         d_new = d_states
         if run.mask is not None:

@@ -35,7 +35,7 @@ class Sparse(Form):
         self.shape, self.dtype = tuple(shape), tf.as_dtype(dtype)
         self.ids, self.dz = tf.cast(ids, tf.int64), tf.cast(dz, self.dtype)
 
-    def _rows(self):
+    def distinct_rows(self):
         """Each example's distinct entries: `(example [s], entry [s], gradient [s, o])`.
 
         There are as many slots s as tokens, since a shape must not depend on the ids; those left
@@ -60,11 +60,11 @@ class Sparse(Form):
         keys = tf.where(empty, tf.zeros_like(none), keys)
         return keys // entries, tf.where(empty, none, keys % entries), rows
 
-    def _per_entry(self, values, entries):
+    def per_entry(self, values, entries):
         return tf.math.unsorted_segment_sum(values, entries, self.shape[0])
 
     def materialise(self):
-        example, entry, rows = self._rows()
+        example, entry, rows = self.distinct_rows()
         n = tf.shape(self.ids, tf.int64)[0]
         place = tf.where(entry < 0, entry, example * self.shape[0] + entry)
         g = tf.math.unsorted_segment_sum(rows, place, n * self.shape[0])
@@ -84,40 +84,40 @@ class Sparse(Form):
         return tf.reshape(g, [-1, width * self.shape[1]])
 
     def total(self):
-        return self._per_entry(tf.reshape(self.dz, [-1, self.shape[1]]), tf.reshape(self.ids, [-1]))
+        return self.per_entry(tf.reshape(self.dz, [-1, self.shape[1]]), tf.reshape(self.ids, [-1]))
 
     def moments(self, count, valid):
-        example, entry, rows = self._rows()
-        mean = self._per_entry(rows, entry) / count
+        example, entry, rows = self.distinct_rows()
+        mean = self.per_entry(rows, entry) / count
         there = tf.ones_like(rows[:, 0]) if valid is None else tf.gather(valid, example)
         deviation = rows - there[:, tf.newaxis] * tf.gather(mean, tf.maximum(entry, 0))
-        absent = count - self._per_entry(there, entry)
-        m2 = self._per_entry(tf.square(deviation), entry)
+        absent = count - self.per_entry(there, entry)
+        m2 = self.per_entry(tf.square(deviation), entry)
         return mean, m2 + absent[:, tf.newaxis] * tf.square(mean)
 
     def signs(self):
-        _, entry, rows = self._rows()
+        _, entry, rows = self.distinct_rows()
         return tuple(
-            self._per_entry(tf.cast(side, tf.int64), entry) for side in (rows > 0, rows < 0)
+            self.per_entry(tf.cast(side, tf.int64), entry) for side in (rows > 0, rows < 0)
         )
 
     def sums(self, sign_counts):
         """As `tf.IndexedSlices`, of the entries that were looked up."""
-        _, entry, rows = self._rows()
+        _, entry, rows = self.distinct_rows()
         entry = tf.maximum(entry, 0)  # what is left over are zeros
         values = [rows, tf.square(rows)]
         values += [tf.sign(rows), tf.abs(tf.sign(rows))] if sign_counts else []
         return tuple(tf.IndexedSlices(v, entry, self.shape) for v in values)
 
     def square_norms(self):
-        example, _, rows = self._rows()
+        example, _, rows = self.distinct_rows()
         squares = tf.reduce_sum(tf.square(rows), 1)  # zero where the slot is left over
         return tf.math.unsorted_segment_sum(squares, example, tf.shape(self.ids)[0])
 
     def cheap_squares(self):
         tokens = self.ids.shape[1]
         if tokens is None or tokens > FEW:
-            return tf.reduce_sum(tf.square(tf.cast(self._rows()[2], tf.float64)))
+            return tf.reduce_sum(tf.square(tf.cast(self.distinct_rows()[2], tf.float64)))
         # sum_tt' [ids[n,t] = ids[n,t']] dz[n,t] . dz[n,t'], without a search for equal ids.
         if tokens <= 8:
             products = tf.reduce_sum(self.dz[:, :, tf.newaxis] * self.dz[:, tf.newaxis], -1)
@@ -150,10 +150,10 @@ class Sparse(Form):
 
     def moments_at(self, places, n, sign_counts):
         form, index = self.at(places)
-        _, entry, rows = form._rows()
+        _, entry, rows = form.distinct_rows()
         parts = [rows, tf.square(rows)]
         parts += [tf.sign(rows), tf.abs(tf.sign(rows))] if sign_counts else []
-        sums = form._per_entry(tf.concat(parts, 1), entry)  # [entries, parts o]
+        sums = form.per_entry(tf.concat(parts, 1), entry)  # [entries, parts o]
         width = form.shape[1]
         row, column = np.divmod(index, width)
         part = np.arange(len(parts))[:, np.newaxis]

@@ -18,12 +18,8 @@ import re
 import tensorflow as tf
 from absl import logging
 
+from tf_gsnr import keras_internals
 from tf_gsnr.gradients.layerwise import convolution
-
-try:
-    from tensorflow.python.ops.parallel_for import pfor as _pfor
-except ImportError:  # the loops stay; `vectorised_ops` reports them by name
-    _pfor = None
 
 
 @contextlib.contextmanager
@@ -34,19 +30,10 @@ def vectorised_ops():
     """
     heard = _Listener()
     tf.get_logger().addFilter(heard)
-    saved = {}
-    if _pfor is not None:
-        registry = _pfor._pfor_converter_registry
-        saved = {name: registry.get(name) for name in _CONVERTERS}
-        registry.update(_CONVERTERS)
     try:
-        yield
+        with keras_internals.converters(_CONVERTERS):
+            yield
     finally:
-        for name, converter in saved.items():
-            if converter is None:
-                del registry[name]
-            else:
-                registry[name] = converter
         tf.get_logger().removeFilter(heard)
         for name in sorted(heard.ops):
             logging.log_first_n(
@@ -104,7 +91,7 @@ def _filter_gradient(gradient_fn):
         x.set_shape([length, *x.shape[1:]])
         dz.set_shape([length, *dz.shape[1:]])
         if kernel is None or None in x.shape[1:] or None in dz.shape[1:]:
-            raise _pfor.ConversionNotImplementedError("its shapes are not known when traced")
+            raise keras_internals.not_vectorised("its shapes are not known when traced")
         kernel = [int(k) for k in kernel]
         channels_first = node.get_attr("data_format").startswith(b"NC")
         strides = _spatial(node, "strides", channels_first)
@@ -120,7 +107,7 @@ def _filter_gradient(gradient_fn):
         else:
             size = x.shape[2:-1]
             pads = convolution.paddings(padding, size, kernel[:-2], strides, dilations)
-        return _pfor.wrap(gradient_fn(x, dz, kernel, strides, dilations, pads), True)
+        return keras_internals.vectorised(gradient_fn(x, dz, kernel, strides, dilations, pads))
 
     return convert
 
@@ -134,7 +121,7 @@ def _batched(op, folded, sizes=None):
     def convert(node):
         n = node.pfor.loop_len_vector
         if any(node.input(i)[1] for i in range(node.num_inputs) if i not in folded):
-            raise _pfor.ConversionNotImplementedError("its kernel differs between examples")
+            raise keras_internals.not_vectorised("its kernel differs between examples")
         node.stack_inputs(stack_indices=folded)
         inputs = [
             _fold(node.stacked_input(i)) if i in folded else node.unstacked_input(i)
@@ -143,10 +130,8 @@ def _batched(op, folded, sizes=None):
         if sizes is not None:
             shape = inputs[sizes]
             inputs[sizes] = tf.concat([tf.cast(n, shape.dtype) * shape[:1], shape[1:]], 0)
-        out = _pfor._create_op(
-            op, inputs, [o.dtype for o in node.outputs], attrs=node.op.node_def.attr
-        ).outputs
-        return [_pfor.wrap(_unfold(o, n), True) for o in out]
+        out = keras_internals.operation_like(node, op, inputs)
+        return [keras_internals.vectorised(_unfold(o, n)) for o in out]
 
     return convert
 
@@ -182,7 +167,7 @@ def _channels_last(op, folded, sizes=None):
             shape = tf.gather(inputs[sizes], to_last)
             inputs[sizes] = tf.concat([tf.cast(n, shape.dtype) * shape[:1], shape[1:]], 0)
         out = getattr(tf.raw_ops, op)(**dict(zip(_INPUTS[op], inputs)), **attributes)
-        return _pfor.wrap(_unfold(tf.transpose(out, to_first), n), True)
+        return keras_internals.vectorised(_unfold(tf.transpose(out, to_first), n))
 
     return convert
 
@@ -204,7 +189,7 @@ def _bias(node):
     channel = 2 if node.get_attr("data_format") == b"NCHW" else z.shape.rank - 1
     n, c = tf.unstack(tf.shape(bias))
     shape = [n, *[1] * (channel - 1), c, *[1] * (z.shape.rank - 1 - channel)]
-    return _pfor.wrap(z + tf.reshape(bias, shape), True)
+    return keras_internals.vectorised(z + tf.reshape(bias, shape))
 
 
 def _bias_gradient(node):
@@ -212,7 +197,7 @@ def _bias_gradient(node):
     dz = node.stacked_input(0)  # [n, b, c, *t] or [n, b, *t, c]
     channel = 2 if node.get_attr("data_format") == b"NCHW" else dz.shape.rank - 1
     axes = [i for i in range(1, dz.shape.rank) if i != channel]
-    return _pfor.wrap(tf.reduce_sum(dz, axes), True)
+    return keras_internals.vectorised(tf.reduce_sum(dz, axes))
 
 
 def _matrix_product(node):
@@ -229,12 +214,12 @@ def _matrix_product(node):
     elif x.shape.rank > 3 and _is_one_matrix(y):
         lead, y = tf.shape(x)[:-2], tf.reshape(y, tf.shape(y)[-2:])
         out = tf.matmul(tf.reshape(x, tf.concat([[-1], tf.shape(x)[-2:]], 0)), y, **turned)
-        return _pfor.wrap(tf.reshape(out, tf.concat([lead, tf.shape(out)[1:]], 0)), True)
+        return keras_internals.vectorised(tf.reshape(out, tf.concat([lead, tf.shape(out)[1:]], 0)))
     elif y.shape.rank > 3 and _is_one_matrix(x):
         lead, x = tf.shape(y)[:-2], tf.reshape(x, tf.shape(x)[-2:])
         out = tf.matmul(x, tf.reshape(y, tf.concat([[-1], tf.shape(y)[-2:]], 0)), **turned)
-        return _pfor.wrap(tf.reshape(out, tf.concat([lead, tf.shape(out)[1:]], 0)), True)
-    return _pfor.wrap(tf.matmul(x, y, **turned), True)
+        return keras_internals.vectorised(tf.reshape(out, tf.concat([lead, tf.shape(out)[1:]], 0)))
+    return keras_internals.vectorised(tf.matmul(x, y, **turned))
 
 
 def _is_one_matrix(v):
@@ -255,10 +240,8 @@ def _random(node):
         for i in range(1, node.num_inputs)
     ]
     shape = tf.concat([tf.cast(n, shape.dtype), shape], 0)
-    out = _pfor._create_op(
-        node.op_type, [shape, *rest], [o.dtype for o in node.outputs], attrs=node.op.node_def.attr
-    ).outputs[0]
-    return _pfor.wrap(out, True)
+    (out,) = keras_internals.operation_like(node, node.op_type, [shape, *rest])
+    return keras_internals.vectorised(out)
 
 
 def _key_counter(node):
@@ -266,7 +249,8 @@ def _key_counter(node):
     n = node.pfor.loop_len_vector
     key, counter = tf.raw_ops.StatelessRandomGetKeyCounter(seed=node.stacked_input(0)[0])
     return [
-        _pfor.wrap(tf.tile(v[tf.newaxis], tf.concat([n, [1]], 0)), True) for v in (key, counter)
+        keras_internals.vectorised(tf.tile(v[tf.newaxis], tf.concat([n, [1]], 0)))
+        for v in (key, counter)
     ]
 
 
@@ -285,7 +269,7 @@ def _reduction(op):
             axes += tf.cast(axes >= 0, axes.dtype)
         else:
             axes = tf.constant(known + (known >= 0), axes.dtype)
-        return _pfor.wrap(op(t, axes, keepdims=pfor_input.get_attr("keep_dims")), True)
+        return keras_internals.vectorised(op(t, axes, keepdims=pfor_input.get_attr("keep_dims")))
 
     return converter
 

@@ -11,6 +11,7 @@ from collections.abc import Callable
 import keras
 import tensorflow as tf
 
+from tf_gsnr import keras_internals
 from tf_gsnr.gradients import contract, examples, losses
 from tf_gsnr.gradients.layerwise import capture, recurrent
 from tf_gsnr.gradients.vectorized import example_map
@@ -26,8 +27,8 @@ def build(
     batch_norm: str = "frozen",
     contributions: bool = False,
     wide: bool = False,
-) -> Callable:
-    """Returns `measure` as `gradients.contract` defines it.
+) -> contract.Measure:
+    """An engine, as `gradients.contract` defines it.
 
     Raises:
       ValueError: batch statistics or contributions are asked for: they tie one example's loss to
@@ -99,7 +100,7 @@ def build(
             return gradient(mapping, x, y, sample_weight, loss_of)[:2]
 
         data = (x, y, sample_weight)
-        frozen = contract.frozen_batch_norm(model) if training else contract.replaced([])
+        frozen = contract.frozen_batch_norm(model) if training else keras_internals.replaced([])
         with frozen:
             if not recurrent.has_loops(model):
                 found = example_map.batches_of_one(one, data, n, f"model {model.name!r}")
