@@ -6,7 +6,7 @@ import pytest
 import tensorflow as tf
 
 import tf_gsnr
-from tf_gsnr.gradients import examples
+from tf_gsnr.gradients import examples, network
 from tf_gsnr.training import probe
 
 N = 10
@@ -347,14 +347,14 @@ def test_a_generator_is_read_once():
 
 def test_fixed_batch_size():
     L = keras.layers
-    assert examples.fixed_batch_size(keras.Sequential([keras.Input([3]), L.Dense(1)])) is None
+    assert network.fixed_batch_size(keras.Sequential([keras.Input([3]), L.Dense(1)])) is None
     fixed = keras.Sequential([keras.Input([3], batch_size=5), L.Dense(1)])
-    assert examples.fixed_batch_size(fixed) == 5
+    assert network.fixed_batch_size(fixed) == 5
     stateful = keras.Sequential([keras.Input([4, 3], batch_size=2), L.GRU(1, stateful=True)])
-    assert examples.fixed_batch_size(stateful) == 2
+    assert network.fixed_batch_size(stateful) == 2
     a, b = keras.Input([1], batch_size=2), keras.Input([1], batch_size=3)
     with pytest.raises(ValueError, match=r"batch sizes \[2, 3\]"):
-        examples.fixed_batch_size(keras.Model([a, b], [L.Dense(1)(a), L.Dense(1)(b)]))
+        network.fixed_batch_size(keras.Model([a, b], [L.Dense(1)(a), L.Dense(1)(b)]))
 
 
 def test_labels_outside_the_classes_are_named_by_output():

@@ -10,7 +10,7 @@ import tensorflow as tf
 import zoo
 
 import tf_gsnr
-from tf_gsnr.gradients import conservation, contract, losses
+from tf_gsnr.gradients import conservation, losses, network
 from tf_gsnr.gradients.layerwise import dense_forms
 from tf_gsnr.gradients.layerwise import engine as layerwise
 from tf_gsnr.gradients.losses import per_example_loss
@@ -60,7 +60,7 @@ def test_layerwise_engine_is_right(name, dtype, truths):
     check(found.moments, model, truths(name), dtype)
     for variable, value in zip(model.variables, before):
         np.testing.assert_array_equal(variable, value)
-    for layer in contract.sublayers(model):
+    for layer in network.layers(model):
         assert "call" not in vars(layer)
 
 

@@ -6,8 +6,8 @@ import pytest
 import reference
 import tensorflow as tf
 
-from tf_gsnr.gradients import contract, losses
-from tf_gsnr.gradients.layerwise import cell_rules, recurrent
+from tf_gsnr.gradients import losses, network
+from tf_gsnr.gradients.layerwise import cell_rules
 from tf_gsnr.gradients.layerwise import engine as layerwise
 from tf_gsnr.gradients.losses import per_example_loss
 from tf_gsnr.gradients.vectorized import engine as vectorized
@@ -59,7 +59,7 @@ def check(model, x, y, *, training=False, together=None, **kwargs):
     found = measured(model, x, y, training=training, **kwargs)
     for variable, value in zip(model.variables, before):
         np.testing.assert_array_equal(variable, value)
-    for layer in contract.sublayers(model):
+    for layer in network.layers(model):
         assert not {"call", "inner_loop", "get_dropout_mask"} & set(vars(layer))
     compare(model, found, x, y, training if together is None else together)
     return found
@@ -305,7 +305,7 @@ def test_a_cell_that_draws_at_every_step_is_refused():
     model, x, y = built(lambda: _rnn(NoisyCell(2), name="noisy"))
     with pytest.raises(NotImplementedError, match="'noisy'.*at every step.*Put a Dropout layer"):
         measured(model, x, y, training=True)
-    for layer in contract.sublayers(model):
+    for layer in network.layers(model):
         assert not {"call", "inner_loop"} & set(vars(layer))
 
 
@@ -337,10 +337,10 @@ def test_calls_of_the_user():
 @pytest.mark.parametrize("training", [False, True])
 def test_reference_engine(training):
     model, x, y = built(lambda: L.Bidirectional(L.LSTM(2, dropout=0.4)), steps=20)
-    assert recurrent.has_loops(model)
+    assert network.has_loops(model)
     found = measured(model, x, y, build=vectorized.build, training=training)
     compare(model, found, x, y, training)
 
 
 def test_what_has_no_loops():
-    assert not recurrent.has_loops(keras.Sequential([keras.Input((3,)), L.Dense(2)]))
+    assert not network.has_loops(keras.Sequential([keras.Input((3,)), L.Dense(2)]))

@@ -22,7 +22,7 @@ import tensorflow as tf
 
 from tf_gsnr.descent import microbatches
 from tf_gsnr.descent import single as descent
-from tf_gsnr.gradients import distributed, recalibration
+from tf_gsnr.gradients import distributed, network
 
 STRATEGIES = ("mirrored", "multi_worker")
 
@@ -77,7 +77,7 @@ def build(model, loss, learning_rate: float, strategy, *, engine="auto", jit_com
     Raises:
       ValueError: a model with batch normalisation.
     """
-    if recalibration.normalizing_layers(model):
+    if network.all_batch_norms(model):
         raise ValueError(
             f"model {model.name!r} has batch normalisation, whose statistics are those of the "
             "whole training set: it must be on one device. Expected --strategy=none; --shard=i/k "

@@ -20,7 +20,7 @@ import tensorflow as tf
 
 from tf_gsnr import metrics
 from tf_gsnr.descent import directional_variance, ensemble, microbatches
-from tf_gsnr.gradients import recalibration
+from tf_gsnr.gradients import network, recalibration
 
 
 class Replicas(NamedTuple):
@@ -70,7 +70,7 @@ def build_replicas(
     """
     of_chunk = microbatches.of_chunk(model, loss, engine)
     trainable, each = of_chunk.trainable, ensemble.each
-    normalized = bool(recalibration.normalizing_layers(model))
+    normalized = bool(network.all_batch_norms(model))
 
     def step(weights, gradient):
         weights = list(weights)

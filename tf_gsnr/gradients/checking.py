@@ -11,7 +11,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from tf_gsnr.gradients import conservation, contract, examination, examples, losses
+from tf_gsnr.gradients import conservation, examination, examples, losses, network
 
 
 def examined(model, loss, batch, index, seeds, options) -> examination.Examined:
@@ -28,7 +28,7 @@ def examined(model, loss, batch, index, seeds, options) -> examination.Examined:
     """
     modes = contextlib.nullcontext()
     if options["training"] and options["batch_norm"] == "frozen":
-        modes = contract.frozen_batch_norm(model)
+        modes = network.frozen_batch_norm(model)
     try:
         return examination.examine(
             model,
@@ -111,7 +111,7 @@ def agreeing(model, moments, gradients) -> set:
     means = [np.asarray(m, np.float64) for m in moments.mean]
     variances = [np.max(np.asarray(s, np.float64), initial=0) / n for s in moments.m2]
     ordinary = [np.zeros_like(m) if g is None else g / n for g, m in zip(gradients, means)]
-    precision = conservation.precision_of(model)
+    precision = network.precision(model)
     status = conservation.compared(variables, precision, means, ordinary, variances).numpy()
     wrong = [v.path for v, s in zip(variables, status) if s == conservation.DIFFERS]
     if wrong:

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import tensorflow as tf
 
-from tf_gsnr.gradients import contract
-
 TOLERANCE = {"float64": 1e-8, "float32": 1e-3}  # of others (half precision): 0.1
 ROUNDING = {"float64": 1e-12, "float32": 1e-5}  # of sums of gradients that cancel; others 0.05
 ZERO, UNUSED, AGREES, DIFFERS = range(4)  # what a comparison may find, the worst last
@@ -17,12 +15,6 @@ ZERO, UNUSED, AGREES, DIFFERS = range(4)  # what a comparison may find, the wors
 
 class NotConserved(ValueError):
     """A model that the layer-wise engine cannot measure; the message names what is concerned."""
-
-
-def precision_of(model) -> str:
-    """The least precise dtype in which a layer of the model computes."""
-    kinds = {layer.compute_dtype for layer in contract.sublayers(model)} - {None}
-    return next((kind for kind in kinds if "16" in kind), model.variable_dtype)
 
 
 def compared(variables, precision, ours, theirs, variances):

@@ -12,7 +12,7 @@ import numpy as np
 import tensorflow as tf
 
 from tf_gsnr import keras_internals
-from tf_gsnr.gradients import contract, examples, losses
+from tf_gsnr.gradients import examples, losses, network
 from tf_gsnr.gradients.layerwise import capture, rules
 from tf_gsnr.gradients.layerwise import engine as layerwise
 from tf_gsnr.gradients.vectorized import engine as vectorized
@@ -54,7 +54,7 @@ def explain(model: keras.Model) -> Table:
     >>> row["class"], row["parameters"], row["route"]
     ('Dense', 15, 'dense')
     """
-    contract.check_model(model)
+    network.check(model)
     table = Table()
     for unit in _units(model):
         rule = None if unit.whole else rules.rule_of(unit.layer)
@@ -117,7 +117,7 @@ def check_engine(
     >>> max(max(row["mean"], row["variance"]) for row in table) < 1e-5
     True
     """
-    contract.check_model(model)
+    network.check(model)
     of_batch = losses.of_batch(model, loss)
     data = examples.collect(x, y, sample_weight)
     x, y, sample_weight, _ = next(iter(examples.micro_batches(*data, examples.count(data))))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import tensorflow as tf
 from absl import logging
 
-from tf_gsnr.gradients import contract, losses
+from tf_gsnr.gradients import contract, losses, network
 from tf_gsnr.gradients.layerwise import engine as layerwise
 from tf_gsnr.gradients.vectorized import engine as vectorized
 
@@ -30,7 +30,7 @@ def build(model, loss=None, *, engine: str = "auto", **options) -> contract.Meas
       ValueError: unknown engine; a model or loss that cannot be measured.
     """
     check_name(engine)
-    contract.check_model(model)
+    network.check(model)
     make = ENGINES["layerwise" if engine == "auto" else engine]
     return make(model, losses.of_batch(model, loss), **options)
 

@@ -12,7 +12,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from tf_gsnr.gradients import contract, examples, independence, losses
+from tf_gsnr.gradients import examples, independence, losses, network
 from tf_gsnr.gradients.layerwise import capture
 
 
@@ -24,7 +24,7 @@ def kept_variables(model, loss=None):
     given = getattr(model, "loss", None) if loss is None else loss
     losses_given = [given] if callable(given) else keras.tree.flatten(given)
     values = []
-    for owner in [*contract.sublayers(model), *losses_given]:
+    for owner in [*network.layers(model), *losses_given]:
         values += getattr(owner, "__dict__", {}).values()
         function = getattr(owner, "fn", owner)  # of Keras's wrapper
         values += [cell.cell_contents for cell in getattr(function, "__closure__", None) or ()]
@@ -63,7 +63,7 @@ def examine(model, loss, batch, seeds, modes, *, training, contributions) -> Exa
 
     Args:
       batch: `(x, y, sample_weight, valid)`.
-      seeds: a value per `contract.seed_variables(model)`.
+      seeds: a value per `network.seeds(model)`.
       modes: the context of the layers' modes.
       contributions: whether the loss of the whole batch, times its number of examples, is meant.
     """
@@ -89,7 +89,7 @@ def examine(model, loss, batch, seeds, modes, *, training, contributions) -> Exa
         del tape
         mixing = independence.mixing_layer(layers, seen) if seen else None
         scrambled = None
-        if n > 1 and not (training and contract.seed_variables(model)) and _sizes_vary(model):
+        if n > 1 and not (training and network.seeds(model)) and _sizes_vary(model):
             _assign_seeds(model, seeds)
             few = model(examples.rows(x, slice(0, n // 2)), training=training)
             if _same(few, predictions):
@@ -110,13 +110,13 @@ def examine(model, loss, batch, seeds, modes, *, training, contributions) -> Exa
 
 
 def _assign_seeds(model, seeds):
-    for variable, seed in zip(contract.seed_variables(model), seeds):
+    for variable, seed in zip(network.seeds(model), seeds):
         variable.assign(seed)
 
 
 def _sizes_vary(model) -> bool:
     """Whether the model takes batches of any number of examples."""
-    return examples.fixed_batch_size(model) is None
+    return network.fixed_batch_size(model) is None
 
 
 def _same(few, predictions) -> bool:

@@ -17,8 +17,6 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from tf_gsnr.gradients import contract
-
 
 def check_batch_size(batch_size):
     if (
@@ -411,24 +409,6 @@ def collect(x, y=None, sample_weight=None) -> tuple:
 
 
 _ALL = 2**31 - 1
-
-
-def fixed_batch_size(model: keras.Model) -> int | None:
-    """The only batch size that the model takes, by its inputs or a stateful layer; None for any.
-
-    Raises:
-      ValueError: its inputs name several.
-    """
-    shapes = [v.shape for v in getattr(model, "inputs", None) or []]
-    for layer in contract.sublayers(model):
-        if getattr(layer, "stateful", False):
-            shapes += [v.shape for v in tf.nest.flatten(getattr(layer, "states", None) or [])]
-    sizes = {shape[0] for shape in shapes if len(shape) and shape[0] is not None}
-    if len(sizes) > 1:
-        raise ValueError(
-            f"model {model.name!r} has inputs of the batch sizes {sorted(sizes)}; expected one"
-        )
-    return sizes.pop() if sizes else None
 
 
 def check_labels(model, y, start, error):

@@ -10,7 +10,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from tf_gsnr.gradients import contract
+from tf_gsnr.gradients import network
 
 SMALL = 4096  # bytes of an array that is compared by its values, larger ones by identity
 
@@ -18,7 +18,7 @@ SMALL = 4096  # bytes of an array that is compared by its values, larger ones by
 def of(model, loss) -> dict:
     """`(id of the owner, name) -> value` of all public attributes of the layers and the loss."""
     found = {}
-    for layer in contract.sublayers(model):
+    for layer in network.layers(model):
         kept = vars(layer)
         found |= {(id(layer), k): _value(v) for k, v in kept.items() if not k.startswith("_")}
         found[id(layer), ""] = layer.trainable, layer.compute_dtype

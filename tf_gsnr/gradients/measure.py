@@ -17,12 +17,12 @@ from absl import logging
 
 from tf_gsnr.gradients import (
     conservation,
-    contract,
     distributed,
     engines,
     examination,
     examples,
     losses,
+    network,
     onednn,
     recalibration,
 )
@@ -130,9 +130,9 @@ def gradient_moments(
     """
     engines.check_name(engine)
     examples.check_batch_size(batch_size)
-    contract.check_model(model)
+    network.check(model)
     onednn.warn_if_off(model)
-    contract.check_batch_norm(batch_norm)
+    network.check_batch_norm(batch_norm)
     if dtype not in (None, "float32", "float64"):
         raise ValueError(f"dtype={dtype!r}: expected 'float32', 'float64' or None")
     if strategy is not None:
@@ -144,9 +144,9 @@ def gradient_moments(
             "batch_norm='frozen'"
         )
     # Padding would be part of a batch's statistics; without it the ragged end is traced once more.
-    coupled = training and batch_norm == "batch" and bool(contract.batch_norm_layers(model))
+    coupled = training and batch_norm == "batch" and bool(network.batch_norms(model))
     coupled = coupled or contributions
-    fixed = examples.fixed_batch_size(model)
+    fixed = network.fixed_batch_size(model)
     batch_size = fixed or batch_size
     given = examples.as_fit_gives_them(model, x, y, sample_weight, batch_size)
     if given[1] is None and not examples.is_stream(given[0]) and losses.needs_targets(model, loss):

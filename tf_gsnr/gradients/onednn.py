@@ -9,7 +9,7 @@ import tensorflow as tf
 from absl import logging
 
 from tf_gsnr import keras_internals
-from tf_gsnr.gradients import contract
+from tf_gsnr.gradients import network
 
 ADVICE = (
     "TensorFlow's oneDNN is off, and without it convolutions take 3 to 15 times as long on many "
@@ -34,5 +34,5 @@ def warn_if_off(model: keras.Model):
         return
     if tf.config.list_logical_devices("GPU") or tf.config.list_logical_devices("TPU"):
         return
-    if any(isinstance(layer, _CONVOLUTIONS) for layer in contract.sublayers(model)):
+    if any(isinstance(layer, _CONVOLUTIONS) for layer in network.layers(model)):
         logging.log_first_n(logging.WARNING, ADVICE, 1)

@@ -17,7 +17,7 @@ import numpy as np
 import tensorflow as tf
 
 from tf_gsnr import keras_internals
-from tf_gsnr.gradients import contract
+from tf_gsnr.gradients import network
 
 
 @contextlib.contextmanager
@@ -66,7 +66,7 @@ def forward(model: keras.Model, x, valid=None) -> tuple:
     >>> [(v.name, float(value[0])) for v, value in statistics]
     [('moving_mean', 2.0), ('moving_variance', 1.0)]
     """
-    layers = normalizing_layers(model)
+    layers = network.all_batch_norms(model)
 
     def recalibrated(layer, call):
         def with_own_statistics(inputs, *args, **kwargs):
@@ -85,15 +85,6 @@ def forward(model: keras.Model, x, valid=None) -> tuple:
     return predictions, [(v, scope.get_current_value(v)) for v in moving]
 
 
-def normalizing_layers(model) -> list:
-    """All of the model's `BatchNormalization` layers, those that do not train included."""
-    return [
-        layer
-        for layer in contract.sublayers(model)
-        if isinstance(layer, keras.layers.BatchNormalization)
-    ]
-
-
 def _differentiable_moments(inputs, axis, valid):
     """`(mean, variance)` per channel of the valid examples."""
     rank = inputs.shape.rank
@@ -105,7 +96,7 @@ def _differentiable_moments(inputs, axis, valid):
 
 
 def _in_order_of_calls(model, x):
-    layers = normalizing_layers(model)
+    layers = network.all_batch_norms(model)
     seen = {}
 
     def noting(layer, call):
@@ -181,7 +172,7 @@ def averaged_statistics(model: keras.Model) -> Callable:
     Returns:
       A function of an iterable of inputs `x`, batches of one size, traced once.
     """
-    layers = contract.batch_norm_layers(model)
+    layers = network.batch_norms(model)
     variables = [v for layer in layers for v in (layer.moving_mean, layer.moving_variance)]
     shares = [1 - layer.momentum for layer in layers for _ in range(2)]
     others = model.non_trainable_variables

@@ -18,11 +18,11 @@ from absl import logging
 from tf_gsnr import keras_internals
 from tf_gsnr.gradients import (
     checking,
-    contract,
     distributed,
     examples,
     fingerprint,
     losses,
+    network,
     sums,
 )
 from tf_gsnr.gradients.layerwise import rules
@@ -279,7 +279,7 @@ class Stream:
         """
         entry, examined = self.entry, None
         if entry.pending and (index == 0 or self.engine == "layerwise"):
-            seeds = contract.seeds_for(self.model, self.seed, index)
+            seeds = network.seeds_for(self.model, self.seed, index)
             examined = checking.examined(self.model, self.loss, batch, index, seeds, self.options)
             if checking.are_finite(examined.gradients):  # else the numbers say nothing
                 checking.refuse(self.model, self.loss, examined, self.engine, self.options)
@@ -316,7 +316,7 @@ class Stream:
         dtype = "float64" if wide else self.dtype
 
         def one(totals, scale, moments, bad, index, seed, x, y, weight, valid):
-            seeds = contract.seeds_for(reference(), seed, index)
+            seeds = network.seeds_for(reference(), seed, index)
             given = {} if scale is None else {"scale": scale}
             found = measure(x, y, weight, valid, seeds, **given)
             wrong = valid & ~tf.math.is_finite(found.losses)

@@ -10,7 +10,7 @@ import numpy as np
 import tensorflow as tf
 
 from tf_gsnr import arrays, keras_internals
-from tf_gsnr.gradients import conservation
+from tf_gsnr.gradients import conservation, network
 from tf_gsnr.gradients.layerwise import dense_forms
 from tf_gsnr.gradients.layerwise import engine as layerwise
 from tf_gsnr.gradients.layerwise.dense_forms import concatenated, moments_of
@@ -142,7 +142,7 @@ def _are_few(slices, shape):
 
 
 def _is_precise(model):
-    return "16" not in conservation.precision_of(model)
+    return "16" not in network.precision(model)
 
 
 def _compared(model, sample, forms, ordinary, mean, m2, n, first):
@@ -151,7 +151,7 @@ def _compared(model, sample, forms, ordinary, mean, m2, n, first):
     At the sampled places; in the first step everywhere.
     """
     variables, count = model.trainable_variables, tf.cast(n, tf.float64)
-    precision = conservation.precision_of(model)
+    precision = network.precision(model)
     variances = sample.largest(m2) / count
     totals = {}
     if first:

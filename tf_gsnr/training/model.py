@@ -17,7 +17,7 @@ import tensorflow as tf
 from absl import logging
 
 from tf_gsnr import keras_internals
-from tf_gsnr.gradients import contract, distributed, engines, examples, onednn
+from tf_gsnr.gradients import distributed, engines, examples, network, onednn
 from tf_gsnr.shown import needed
 from tf_gsnr.training import gap, plan, step
 from tf_gsnr.training.meter import SHOWN, GSNRMeter
@@ -223,7 +223,7 @@ class _Training:
         model = self.model
         variables = model.trainable_variables
         if not variables:
-            contract.check_model(model)
+            network.check(model)
         belongs_to = (id(model.optimizer), *(id(v) for v in variables))
         if belongs_to == self.belongs_to:
             return
@@ -304,7 +304,7 @@ class _Training:
                     raise StopIteration from None
                 break
             self.shapes = _shapes(iterator)
-            if not all(layer.built for layer in contract.sublayers(self.model)) and self.unbuilt:
+            if not all(layer.built for layer in network.layers(self.model)) and self.unbuilt:
                 self.unbuilt = False  # what is built by no step is used by none
                 logs = run("unbuilt", _once(data))
                 self.prepare()

@@ -11,7 +11,7 @@ import dataclasses
 import numpy as np
 import tensorflow as tf
 
-from tf_gsnr.gradients import conservation, contract, independence, losses
+from tf_gsnr.gradients import conservation, independence, losses, network
 from tf_gsnr.gradients.layerwise import engine as layerwise
 
 CHECKS = "gsnr_checks"  # the entry of a step's logs that `learn` reads
@@ -65,7 +65,7 @@ def first_checks(plan, model, tape, found, loss, predictions, n, of_loss) -> dic
     # TensorFlow gives the gradient of a Python function once only.
     if not isinstance(n, int) or any("PyFunc" in op.type for op in operations()):
         return {}
-    norms = contract.batch_norm_layers(model)
+    norms = network.batch_norms(model)
     layers, outputs = ((), ()) if norms else _looked_at(found.outputs)
     plan.layers = list(layers)
     folded = [call for call in found.calls if call.used and call.folded]
@@ -152,7 +152,7 @@ def _learn_rows(model, plan, checks) -> list[str]:
             for variable in layer.trainable_variables:
                 plan.unmeasured[id(variable)] = why
                 told.append(f"{variable.path} is trained, but not measured: {why}")
-    norms = contract.batch_norm_layers(model)
+    norms = network.batch_norms(model)
     mixing = independence.mixing_layer(plan.layers, seen[: len(plan.layers)])
     mixing = norms[0] if norms else mixing
     if mixing is not None:

@@ -34,7 +34,7 @@ from tf_gsnr.experiments.framework.settings import POSITIVE, at_least, complete
 from tf_gsnr.experiments.weights import gradient_change
 from tf_gsnr.experiments.weights.feature_term import feature_terms
 from tf_gsnr.experiments.weights.statistics import statistics
-from tf_gsnr.gradients import recalibration
+from tf_gsnr.gradients import network
 
 GRID = ("repeats",)
 
@@ -221,7 +221,7 @@ def check_chain(model, settings: Settings):
             f"--model={settings.model}: its kernels are those of {names or 'no layer'}; expected "
             "two at least, a layer and one below it, each in a layer of the network itself"
         )
-    names = [layer.name for layer in recalibration.normalizing_layers(model)]
+    names = [layer.name for layer in network.all_batch_norms(model)]
     if names:
         raise ValueError(
             f"--model={settings.model}: batch normalisation ({', '.join(names)}), whose statistics "

@@ -17,7 +17,7 @@ import keras
 import tensorflow as tf
 
 from tf_gsnr import keras_internals
-from tf_gsnr.gradients import contract
+from tf_gsnr.gradients import network
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +44,7 @@ def units_of(model: keras.Model, whole: Sequence, activation_of: Callable) -> li
     """
     wanted = {id(v) for v in model.trainable_variables}
     units = []
-    for layer in contract.sublayers(model):
+    for layer in network.layers(model):
         variables = layer.trainable_variables
         is_whole = any(layer is one for one in whole)
         if not is_whole:
@@ -158,7 +158,7 @@ def watching(model, units: Sequence[Unit], tape, n, *, training: bool, all_outpu
             replacements.append((unit.layer, "call", functools.partial(watcher.call, unit)))
     if all_outputs:
         taken = {id(unit.layer) for unit in units}
-        for layer in contract.sublayers(model):
+        for layer in network.layers(model):
             if (
                 layer is not model
                 and not keras_internals.layers_directly_in(layer)
@@ -189,7 +189,7 @@ class _Watcher:
             self._hold((args, kwargs))
             layer = unit.layer
             state = [(v, tf.convert_to_tensor(v.value)) for v in layer.non_trainable_variables]
-            state += contract.values_given(layer.trainable_variables)
+            state += network.values_given(layer.trainable_variables)
             self.inside_whole = unit.whole
             try:
                 with without_activation(unit.layer, unit.activation) as activation:

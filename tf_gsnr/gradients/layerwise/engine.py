@@ -16,7 +16,7 @@ import numpy as np
 import tensorflow as tf
 
 from tf_gsnr import keras_internals
-from tf_gsnr.gradients import conservation, contract, losses
+from tf_gsnr.gradients import conservation, contract, losses, network
 from tf_gsnr.gradients.layerwise import capture, fallback, forms, recurrent, rules
 from tf_gsnr.gradients.sums import Groups, Sums, grouped
 from tf_gsnr.moments import Moments
@@ -47,8 +47,8 @@ def build(
       conservation.NotConserved: (by `measure`) a variable acts outside the `call` of its layer, or
         the model adds losses of its own, of which there is one for all examples.
     """
-    contract.check_batch_norm(batch_norm)
-    seeds_of_model = contract.seed_variables(model)
+    network.check_batch_norm(batch_norm)
+    seeds_of_model = network.seeds(model)
 
     def measure(x, y, sample_weight=None, valid=None, seeds=None, scale=None):
         if seeds is None:
@@ -97,7 +97,7 @@ def build(
 def modes(model, training, batch_norm):
     """The context in which batch-norm layers use the statistics that were asked for."""
     if training and batch_norm == "frozen":
-        return contract.frozen_batch_norm(model)
+        return network.frozen_batch_norm(model)
     return contextlib.nullcontext()
 
 
@@ -107,8 +107,8 @@ def _pass(model, loss_of, x, n, seeds, training, added):
     variables = model.trainable_variables
     while True:
         units = capture.units_of(model, whole, rules.activation_of)
-        given = contract.values_given(model.variables)
-        given += zip(contract.seed_variables(model), seeds)
+        given = network.values_given(model.variables)
+        given += zip(network.seeds(model), seeds)
         with tf.GradientTape() as tape:
             sources = [v.value for v in variables]
             tape.watch([v for v in sources if tf.is_tensor(v)])
@@ -167,7 +167,7 @@ def whole_layers(model) -> list:
     """
     return [
         layer
-        for layer in contract.sublayers(model)
+        for layer in network.layers(model)
         if layer is not model
         and (isinstance(layer, keras.layers.RNN) or hasattr(layer.call, "get_concrete_function"))
     ]
@@ -181,7 +181,7 @@ def wider(model, whole, missed) -> tuple[list, list]:
       missed: variables that the loss depends on, and that no call accounts for.
     """
     everything = len(model.trainable_variables)
-    layers = [p for p in contract.sublayers(model) if len(p.trainable_variables) < everything]
+    layers = [p for p in network.layers(model) if len(p.trainable_variables) < everything]
     owners = {
         id(v): unit.layer
         for unit in capture.units_of(model, whole, rules.activation_of)

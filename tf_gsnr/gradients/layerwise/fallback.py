@@ -12,14 +12,15 @@ import keras
 import tensorflow as tf
 
 from tf_gsnr import keras_internals
-from tf_gsnr.gradients.layerwise import capture, dense_forms, forms, recurrent
+from tf_gsnr.gradients import network
+from tf_gsnr.gradients.layerwise import capture, dense_forms, forms
 from tf_gsnr.gradients.layerwise.one_by_one import OneByOne
 from tf_gsnr.gradients.vectorized import example_map
 
 
 def products(call) -> list:
     """`[(variable, form), ...]` of a call, by running the layer again on each example."""
-    if recurrent.has_loops(call.layer):
+    if network.has_loops(call.layer):
         gradients = _one_by_one(call)
     else:
         one, elements, drew = _one_example(call)
@@ -55,7 +56,7 @@ def _one_by_one(call):
     states that a layer keeps from batch to batch are those of all examples.
     """
     one, elements, drew = _one_example(call)
-    if not recurrent.keeps_states(call.layer):
+    if not network.keeps_states(call.layer):
         run = example_map.traced(one, elements)
         if not drew:
             return run(elements)
@@ -116,7 +117,7 @@ def _one_of_batch(call):
 def _product(call, args, kwargs, state, gradients, drew):
     """The layer's vector-Jacobian product with `gradients`, by the index of an output."""
     given = {id(v): value for v, value in state}
-    # The real variables where no scope gives others: see `contract.values_given`.
+    # The real variables where no scope gives others: see `network.values_given`.
     sources = [given.get(id(v), v.value) for v in call.unit.variables]
     with tf.GradientTape(watch_accessed_variables=False) as tape:
         tape.watch(sources)

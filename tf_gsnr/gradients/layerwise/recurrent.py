@@ -21,7 +21,7 @@ import keras
 import tensorflow as tf
 
 from tf_gsnr import keras_internals
-from tf_gsnr.gradients import contract
+from tf_gsnr.gradients import network
 from tf_gsnr.gradients.layerwise import cell_rules, forms
 from tf_gsnr.gradients.vectorized import example_map
 
@@ -31,20 +31,6 @@ _OWN_LOOPS = [
 ]
 # Where the cells of Keras draw their masks, once a sequence: a class that has no public name.
 _DROPOUT = next(c for c in keras.layers.LSTMCell.__mro__ if "get_dropout_mask" in vars(c))
-
-
-def has_loops(model) -> bool:
-    """Whether a layer of the model, or the layer itself, runs a cell in a loop.
-
-    `tf.vectorized_map` takes minutes to trace such a loop and its gradient, and cannot draw the
-    masks of its dropout: `example_map` goes through the examples one by one instead.
-    """
-    return any(isinstance(layer, keras.layers.RNN) for layer in contract.sublayers(model))
-
-
-def keeps_states(model) -> bool:
-    """Whether a layer keeps its states from one batch to the next, a row for each example."""
-    return any(getattr(layer, "stateful", False) for layer in contract.sublayers(model))
 
 
 def products(call) -> list | None:
@@ -67,7 +53,7 @@ def products(call) -> list | None:
     if not _is_known(layer, call.unit.variables):
         return None
     runs = []
-    state = [*call.state, *contract.values_given(layer.trainable_variables)]
+    state = [*call.state, *network.values_given(layer.trainable_variables)]
     with tf.GradientTape(watch_accessed_variables=False) as tape:
         with keras.StatelessScope(state_mapping=state) as scope:
             loop = functools.partial(_forwards, layer, state, scope, tape, runs)

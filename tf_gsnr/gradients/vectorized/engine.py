@@ -12,8 +12,8 @@ import keras
 import tensorflow as tf
 
 from tf_gsnr import keras_internals
-from tf_gsnr.gradients import contract, examples, losses
-from tf_gsnr.gradients.layerwise import capture, recurrent
+from tf_gsnr.gradients import contract, examples, losses, network
+from tf_gsnr.gradients.layerwise import capture
 from tf_gsnr.gradients.vectorized import example_map
 from tf_gsnr.moments import Moments
 
@@ -34,9 +34,9 @@ def build(
       ValueError: batch statistics or contributions are asked for: they tie one example's loss to
         the others.
     """
-    contract.check_batch_norm(batch_norm)
-    if training and batch_norm == "batch" and contract.batch_norm_layers(model):
-        names = ", ".join(layer.name for layer in contract.batch_norm_layers(model))
+    network.check_batch_norm(batch_norm)
+    if training and batch_norm == "batch" and network.batch_norms(model):
+        names = ", ".join(layer.name for layer in network.batch_norms(model))
         raise ValueError(
             "training=True and batch_norm='batch' with engine='vectorized': the batch-"
             f"normalisation layers {names} would see one example at a time, and every gradient "
@@ -49,7 +49,7 @@ def build(
             "contributions=True with engine='vectorized', which runs each example alone: use "
             "engine='layerwise'"
         )
-    seeds_of_model = contract.seed_variables(model)
+    seeds_of_model = network.seeds(model)
 
     def gradient(given, x, y, sample_weight, loss_of):
         """`(loss, gradients)` of one example, and the seeds' values after it."""
@@ -70,7 +70,7 @@ def build(
 
     def measure(x, y, sample_weight=None, valid=None, seeds=None):
         # A scope around this one may give variables other values.
-        given = contract.values_given(model.variables)
+        given = network.values_given(model.variables)
         if seeds is None:
             seeds = [v.value for v in seeds_of_model]
         n = capture.batch_size(x)
@@ -100,11 +100,11 @@ def build(
             return gradient(mapping, x, y, sample_weight, loss_of)[:2]
 
         data = (x, y, sample_weight)
-        frozen = contract.frozen_batch_norm(model) if training else keras_internals.replaced([])
+        frozen = network.frozen_batch_norm(model) if training else keras_internals.replaced([])
         with frozen:
-            if not recurrent.has_loops(model):
+            if not network.has_loops(model):
                 found = example_map.batches_of_one(one, data, n, f"model {model.name!r}")
-            elif recurrent.keeps_states(model) or example_map.changes(one, data, n, drew):
+            elif network.keeps_states(model) or example_map.changes(one, data, n, drew):
                 found = example_map.one_by_one(one_of_batch, tf.range(n))
             else:
                 found = example_map.one_by_one(
