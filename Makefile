@@ -3,12 +3,13 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: help quickstart test lint bench clean
+.PHONY: help quickstart test test-fast lint bench clean
 
 help:
 	@echo "make quickstart   install into $(VENV) and run the toy experiment (no download)"
 	@echo "make test         install into $(VENV) and run the tests"
-	@echo "make lint         check style and errors by ruff"
+	@echo "make test-fast    the tests that take seconds, for while one works"
+	@echo "make lint         check style, errors and types by ruff and mypy"
 	@echo "make bench        time fit and gradient_moments against plain Keras, with the targets"
 	@echo "make clean        remove $(VENV) and build products (never runs/)"
 
@@ -18,9 +19,13 @@ quickstart: $(VENV)/installed
 test: $(VENV)/installed
 	$(RUN) -m pytest -n auto --maxprocesses 4 --dist worksteal
 
+test-fast: $(VENV)/installed
+	$(RUN) -m pytest -n auto --maxprocesses 4 --dist worksteal -m "not slow"
+
 lint: $(VENV)/installed-dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
 
 bench: $(VENV)/installed
 	$(RUN) benchmarks/fit.py --seconds 5

@@ -15,7 +15,20 @@ setup(
     long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
+    keywords=["generalization", "gradient signal-to-noise ratio", "per-example gradients", "keras"],
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Science/Research",
+        "License :: OSI Approved :: Apache Software License",
+        "Programming Language :: Python :: 3.10",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
     packages=find_packages(include=["tf_gsnr", "tf_gsnr.*"]),
+    package_data={"tf_gsnr": ["py.typed"]},
     python_requires=">=3.10,<3.14",
     install_requires=[
         "absl-py",
@@ -32,6 +45,6 @@ setup(
         "test": ["pytest", "pytest-xdist", "tensorboard"],
         "tensorboard": ["tensorboard"],
         "gpu": ["tensorflow[and-cuda]"],
-        "dev": ["build", "ruff"],
+        "dev": ["build", "mypy", "ruff"],
     },
 )

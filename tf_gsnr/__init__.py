@@ -4,8 +4,30 @@ The names below are imported when first used: records and reports open without T
 """
 
 import importlib
+from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:  # what an editor and a type checker see
+    from tf_gsnr.gradients.diagnosis import check_engine as check_engine
+    from tf_gsnr.gradients.diagnosis import explain as explain
+    from tf_gsnr.gradients.layerwise.rules import register_rule as register_rule
+    from tf_gsnr.gradients.measure import gradient_moments as gradient_moments
+    from tf_gsnr.gradients.stream import forget as forget
+    from tf_gsnr.metrics import gap_growth as gap_growth
+    from tf_gsnr.metrics import gap_shares as gap_shares
+    from tf_gsnr.metrics import gradient_diversity as gradient_diversity
+    from tf_gsnr.metrics import gsnr as gsnr
+    from tf_gsnr.metrics import noise_scale as noise_scale
+    from tf_gsnr.metrics import osgr as osgr
+    from tf_gsnr.metrics import osgr_measured as osgr_measured
+    from tf_gsnr.metrics import osgr_predicted as osgr_predicted
+    from tf_gsnr.metrics import same_sign as same_sign
+    from tf_gsnr.metrics import summarize as summarize
+    from tf_gsnr.moments import Moments as Moments
+    from tf_gsnr.training.callback import GSNRCallback as GSNRCallback
+    from tf_gsnr.training.model import GSNRModel as GSNRModel
+    from tf_gsnr.training.tensorboard import write_tensorboard as write_tensorboard
 
 _HOMES = {
     "Moments": "tf_gsnr.moments",

@@ -171,7 +171,7 @@ def from_arrays(train, test, *, name: str = "arrays", classes: int | None = None
     return Source(
         name=name,
         input_shape=train_x.shape[1:],
-        outputs=train_y.shape[1] if regression else classes,
+        outputs=train_y.shape[1] if regression else classes or 0,
         classes=None if regression else classes,
         pool=len(train_y),
         draw=draw,

@@ -164,8 +164,8 @@ flags.DEFINE_string(
 
 
 # What any experiment may be given, whether its records depend on it or not.
-GENERAL = ("experiment", "dataset", "data_dir", "runs_dir", "name", "overwrite", "seed", "engine")
-GENERAL += ("jit_compile", "replicas", "strategy", "shard")
+GENERAL = ["experiment", "dataset", "data_dir", "runs_dir", "name", "overwrite", "seed", "engine"]
+GENERAL += ["jit_compile", "replicas", "strategy", "shard"]
 
 
 def parse_flags(argv):

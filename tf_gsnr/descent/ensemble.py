@@ -136,7 +136,7 @@ def _operations(model, input_shape, dtype="float32"):
 
 def _side_by_side() -> int:
     """How many groups run at the same time: one per core, or one that fills an accelerator."""
-    return 1 if _accelerated() else os.cpu_count()
+    return 1 if _accelerated() else os.cpu_count() or 1
 
 
 def _accelerated() -> bool:

@@ -49,7 +49,7 @@ def rows_seen(tape, predictions, tensors, n: int) -> list:
                 terms = tf.boolean_mask(output * tf.cast(factors, output.dtype), chosen)
                 total.append(tf.cast(tf.reduce_sum(terms), tf.float64))
         target = tf.add_n(total)
-    found = []
+    found: list[Seen | None] = []
     for gradient in tape.gradient(target, tensors):
         rows = None if gradient is None or not gradient.shape.rank else gradient.shape[0]
         if not rows or rows % n:

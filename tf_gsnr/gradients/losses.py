@@ -33,8 +33,29 @@ class _WithLoss(keras.Model):
         return [] if self._measured is None else self._measured.losses
 
 
-def of_batch(model, loss=None) -> Callable:
-    """Returns `fn(x, y, predictions, sample_weight, training) -> ` the loss that Keras computes.
+class OfBatch:
+    """`(x, y, predictions, sample_weight, training) -> ` the loss that Keras computes.
+
+    Attributes:
+      owner: the Keras model whose `compute_loss` it is.
+      uses_inputs: whether that is not Keras's own, and so may look at x.
+    """
+
+    def __init__(self, model, owner):
+        self.model, self.owner = model, owner
+        self.uses_inputs = owner.__class__.compute_loss is not keras.Model.compute_loss
+
+    def __call__(self, x, y, predictions, sample_weight=None, training=False):
+        given = x, y, predictions, sample_weight, training
+        with without_penalties(self.model), _precision_of(self.owner):
+            value = keras_internals.loss_of_batch(self.owner, *given)
+        # Keras divides by the number of replicas, so that their losses add up to that of all.
+        replicas = tf.distribute.get_strategy().num_replicas_in_sync
+        return value if replicas == 1 else value * replicas
+
+
+def of_batch(model, loss=None) -> OfBatch:
+    """The loss of a model, as Keras computes it.
 
     Weight regularisers are no part of it: they are the same for every example.
 
@@ -57,16 +78,7 @@ def of_batch(model, loss=None) -> Callable:
     else:
         owner = _compiled(model, loss)
 
-    def fn(x, y, predictions, sample_weight=None, training=False):
-        with without_penalties(model), _precision_of(owner):
-            value = keras_internals.loss_of_batch(owner, x, y, predictions, sample_weight, training)
-        # Keras divides by the number of replicas, so that their losses add up to that of all.
-        replicas = tf.distribute.get_strategy().num_replicas_in_sync
-        return value if replicas == 1 else value * replicas
-
-    fn.uses_inputs = owner.__class__.compute_loss is not keras.Model.compute_loss
-    fn.owner = owner
-    return fn
+    return OfBatch(model, owner)
 
 
 def needs_targets(model, loss=None) -> bool:
@@ -99,7 +111,7 @@ def _precision_of(owner):
         keras.config.set_floatx(before)
 
 
-def of_examples(loss: Callable, x, y, predictions, sample_weight=None, training=False):
+def of_examples(loss: OfBatch, x, y, predictions, sample_weight=None, training=False):
     """`[n]`: what the loss is for a batch of example n alone.
 
     Args:

@@ -163,7 +163,7 @@ def gradient_moments(
         contributions=contributions,
     )
     compiled = engines.resolve_jit_compile(jit_compile)
-    statistics = contextlib.nullcontext()
+    statistics: Any = contextlib.nullcontext()
     if recalibrate:
         statistics = recalibration.whole_data_statistics(model, data)
     with _ONE_AT_A_TIME, examination.kept_variables(model, loss), statistics:

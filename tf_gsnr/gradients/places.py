@@ -35,12 +35,12 @@ class Places:
 
     @property
     def size(self) -> int:
-        return math.prod(self.shape) if self.whole else self.tiles.size
+        return math.prod(self.shape) if self.tiles is None else self.tiles.size
 
     @property
     def flat(self) -> np.ndarray:
         """Int64 `[size]`."""
-        return np.arange(self.size) if self.whole else self.tiles.reshape(-1)
+        return np.arange(self.size) if self.tiles is None else self.tiles.reshape(-1)
 
     def product(self, columns: int):
         """The tiles as rows `[m, a]` times columns `[m, b]` of the variable as a matrix.
@@ -51,9 +51,9 @@ class Places:
         Returns:
           `(rows, columns)`; None if a tile is no product there.
         """
-        rows, columns = np.divmod(self.tiles, columns)
-        alike = (rows == rows[:, :, :1]).all() and (columns == columns[:, :1]).all()
-        return (rows[:, :, 0], columns[:, 0]) if alike else None
+        row, column = np.divmod(np.asarray(self.tiles), columns)
+        alike = (row == row[:, :, :1]).all() and (column == column[:, :1]).all()
+        return (row[:, :, 0], column[:, 0]) if alike else None
 
 
 def of(shape, size: int, seed: int) -> Places:

@@ -116,9 +116,9 @@ def joined(of_groups: Sequence, others: Moments, groups: Groups, variables: Sequ
     """Moments of all variables: of those in groups as `Sums.moments` has them, others in turn."""
     lists = []
     for values, rest in zip(of_groups, others[2:]):
-        found, size = apart(groups, values, variables), len(rest)
-        rest = iter(rest)
-        lists.append([found[j] if j in found else next(rest) for j in range(len(found) + size)])
+        found, others_in_turn = apart(groups, values, variables), iter(rest)
+        count = len(found) + len(rest)
+        lists.append([found[j] if j in found else next(others_in_turn) for j in range(count)])
     return Moments(others.count, others.loss, *lists)
 
 

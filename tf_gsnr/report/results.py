@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from tf_gsnr import plots
 from tf_gsnr.plots.claims import FAILS, HOLDS, PARTLY
@@ -20,7 +21,7 @@ def document(runs: list, figures) -> list:
       figures: the directory.
     """
     claims = {run.name: _claims(run) for run in runs}
-    blocks = [
+    blocks: list[Any] = [
         Heading(1, "Results"),
         Paragraph(
             (

@@ -61,8 +61,8 @@ def settings(**given) -> Settings:
     """
     if isinstance(given.get("model"), str):
         given["model"] = given["model"].split(",")
-    numbers = ("width", "epochs", "every", "learning_rate", "initial_scale", "batch_size")
-    numbers += ("repeats",)
+    numbers = ["width", "epochs", "every", "learning_rate", "initial_scale", "batch_size"]
+    numbers += ["repeats"]
     chosen = complete(
         Settings,
         given,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 class Range(NamedTuple):
@@ -21,7 +21,7 @@ def at_least(low) -> Range:
     return Range(f"at least {low}", lambda value: value >= low)
 
 
-def complete(settings: type, given: dict, defaults: dict, **ranges: Range):
+def complete(settings: Any, given: dict, defaults: dict, **ranges: Range):
     """Fills a NamedTuple of settings.
 
     Args:

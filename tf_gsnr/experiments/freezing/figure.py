@@ -55,7 +55,7 @@ def _path(records, seed=None) -> list[dict]:
 
 def summary(records: list[dict]) -> dict:
     """Start, maximum and end of the mean GSNR over the seeds, and table 1."""
-    found = {}
+    found: dict = {}
     for frozen, label in ((False, "whole"), (True, "frozen")):
         if any(r["frozen"] == frozen for r in records):
             steps, values = curves(records, frozen, "gsnr_plain/second_layer")

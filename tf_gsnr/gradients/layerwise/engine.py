@@ -284,10 +284,11 @@ def _answer(call) -> list:
     rule = None if call.unit.whole else rules.rule_of(call.layer)
     if rule is not None and keras_internals.is_rematerialised(call.layer) and rule.activation:
         rule = None if _is_activated(call.layer, rule.activation) else rule
-    answer = None if rule is None else rule.function(call)
-    if answer is not None:
+    answer = None
+    if rule is not None:
+        answer = rule.function(call)
         call.route = rule.function.__name__
-    elif isinstance(call.layer, keras.layers.RNN):
+    if answer is None and isinstance(call.layer, keras.layers.RNN):
         answer = recurrent.products(call)
         call.route = "recurrent"
     if answer is None:

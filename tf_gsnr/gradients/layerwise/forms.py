@@ -67,19 +67,26 @@ def add(forms: Sequence[Form]) -> Form:
     tables = [f for f in forms if isinstance(f, Sparse)]
     products = [f for f in forms if isinstance(f, Outer) and len(f.columns) == 1]
     if tables and products and len(tables) + len(products) == len(forms):
-        return Tied(add(tables), add(products))
+        return Tied(_one_table(tables), _one_product(products))
     if len(tables) == len(forms):
-        return Sparse(
-            tf.concat([f.ids for f in forms], 1),
-            tf.concat([f.dz for f in forms], 1),
-            first.shape,
-            first.dtype,
-        )
+        return _one_table(tables)
     if len(products) == len(forms):
-        x = [_positions(f.column(f.columns[0])) for f in forms]
-        dz = [_positions(f.dz) for f in forms]
-        return Outer(tf.concat(x, 1), tf.concat(dz, 1), first.shape, first.dtype)
+        return _one_product(products)
     return Rows(lambda: tf.add_n([f.materialise() for f in forms]), first.shape, first.dtype)
+
+
+def _one_table(tables: list[Sparse]) -> Sparse:
+    ids, dz = (tf.concat(parts, 1) for parts in zip(*((f.ids, f.dz) for f in tables)))
+    return Sparse(ids, dz, tables[0].shape, tables[0].dtype)
+
+
+def _one_product(products: list[Outer]) -> Outer:
+    first = products[0]
+    if len(products) == 1:
+        return first
+    x = [_positions(f.column(f.columns[0])) for f in products]
+    dz = [_positions(f.dz) for f in products]
+    return Outer(tf.concat(x, 1), tf.concat(dz, 1), first.shape, first.dtype)
 
 
 def _positions(v):
