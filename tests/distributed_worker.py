@@ -17,10 +17,9 @@ import numpy as np
 import tensorflow as tf
 
 import tf_gsnr
-from tf_gsnr import data, progress, records
+from tf_gsnr import data, experiments, progress, records
 from tf_gsnr.descent import devices
-from tf_gsnr.experiments import Workbench
-from tf_gsnr.experiments.osgr import run as osgr
+from tf_gsnr.experiments.framework.experiment import Workbench
 
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=[52, 6]).astype("float32")
@@ -97,6 +96,7 @@ def worker():
 
 def descent():
     keras.config.set_dtype_policy("float64")
+    osgr = experiments.load("osgr")
     settings = osgr.settings(**OSGR)
     for name, each in {"one": None, "two": two_devices()}.items():
         directory = records.RunDirectory(f"{sys.argv[2]}.{name}", settings._asdict())

@@ -11,11 +11,13 @@ from absl import flags
 from absl.testing import flagsaver
 
 import tf_gsnr.main
-from tf_gsnr import records
+from tf_gsnr import experiments, records
 from tf_gsnr.experiments.freezing import figure as freezing
 from tf_gsnr.plots import claims
 from tf_gsnr.report import __main__ as report
 from tf_gsnr.report import document, runs
+
+OSGR = experiments.load("osgr")
 
 TOY = [
     "--dataset=toy",
@@ -106,7 +108,7 @@ def test_shards_are_joined_to_the_whole(toy):
         assert a.keys() == b.keys()
         for name in a.keys() - {"seconds"}:
             assert a[name] == pytest.approx(b[name], rel=1e-6, nan_ok=True), name
-    tables = {report.plots.osgr.table(ordered(found)) for found in (whole, joined)}
+    tables = {OSGR.table(ordered(found)) for found in (whole, joined)}
     assert len(tables) == 1
 
 
@@ -207,7 +209,7 @@ def test_what_is_no_run_is_named(tmp_path, capsys):
     write_run(tmp_path / "runs" / "theirs", frozen_records(), experiment="no_such_experiment")
     with pytest.raises(ValueError, match="has a record to show"):
         report.write([tmp_path / "runs" / "theirs"], tmp_path / "RESULTS.md")
-    assert "left out: theirs: --experiment=no_such_experiment" in capsys.readouterr().err
+    assert "left out: theirs: unknown experiment 'no_such_experiment'" in capsys.readouterr().err
 
 
 def test_an_empty_shard_is_refused():

@@ -7,6 +7,7 @@ Parameters" (Liu et al., ICLR 2020).
 What it makes is in runs/<name>/: config.json, records.jsonl (a line a measurement), summary.json
 and figures/. The same command again goes on where the last one stopped. Ctrl-C is safe at any time.
 
+Each experiment has the flags of its settings: --experiment=dynamics --help shows those of dynamics.
 Grids are comma-separated or repeated: --n=500,1000 --n=2000. One on the command line replaces the
 flagfile's. What is not given is the paper's value for the data set.
 """
@@ -26,31 +27,36 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 from absl import app, flags, logging  # noqa: E402
 
-from tf_gsnr import __version__, plots, progress, records  # noqa: E402
-from tf_gsnr.experiments import EXPERIMENTS  # noqa: E402
+from tf_gsnr import __version__, experiments, plots, progress, records  # noqa: E402
+from tf_gsnr.experiments.framework.settings import fields  # noqa: E402
 
 FLAGS = flags.FLAGS
 
 
 class _List(flags.ArgumentParser):
-    """Comma-separated numbers."""
+    """A comma-separated list."""
 
-    def __init__(self, number):
-        self.number = number
-        self.syntactic_help = f"a comma separated list of {number.__name__} numbers"
+    def __init__(self, kind):
+        self.kind = kind
+        self.syntactic_help = f"a comma separated list of {self.entries}"
+
+    @property
+    def entries(self):
+        return "names" if self.kind is str else f"{self.kind.__name__} numbers"
 
     def parse(self, argument):
         if isinstance(argument, (int, float)):
-            return [self.number(argument)]
+            return [self.kind(argument)]
         try:
-            return [self.number(part) for part in str(argument).split(",") if part.strip()]
+            entries = [self.kind(part.strip()) for part in str(argument).split(",")]
         except ValueError:
-            raise ValueError(
-                f"{argument!r} is not a comma separated list of {self.number.__name__} numbers"
-            ) from None
+            entries = []
+        if not all(str(entry) for entry in entries) or not entries:
+            raise ValueError(f"{argument!r} is not a comma separated list of {self.entries}")
+        return entries
 
     def flag_type(self):
-        return f"list of {self.number.__name__}"
+        return f"list of {self.kind.__name__}"
 
 
 class _ListSerializer(flags.ArgumentSerializer):
@@ -58,22 +64,11 @@ class _ListSerializer(flags.ArgumentSerializer):
         return ",".join(map(str, value))
 
 
-def _define_grid(name, number, help_text):
-    flags.DEFINE_multi(_List(number), _ListSerializer(), name, None, help_text)
-
-
 flags.DEFINE_string(
     "experiment",
     "osgr",
-    f"Which experiment: {', '.join(EXPERIMENTS)}, or a module of your own "
+    f"Which experiment: {', '.join(experiments.EXPERIMENTS)}, or a module of your own "
     "(docs/your_own_experiment.md).",
-)
-flags.DEFINE_string(
-    "dataset",
-    "mnist",
-    "toy (generated), mnist, cifar10 or another image-classification data set of TensorFlow "
-    "Datasets; or module:function, a function of your own, (data_dir) -> ((x_train, y_train), "
-    "(x_test, y_test)).",
 )
 flags.DEFINE_string(
     "data_dir",
@@ -84,9 +79,6 @@ flags.DEFINE_string(
 flags.DEFINE_string("runs_dir", "runs", "Where run directories go.")
 flags.DEFINE_string("name", None, "Name of the run directory. Default: <experiment>_<dataset>.")
 flags.DEFINE_bool("overwrite", False, "Throw away what an earlier run left in the run directory.")
-flags.DEFINE_integer(
-    "seed", 0, "Of the initial weights, the training sets and the label noise.", lower_bound=0
-)
 flags.DEFINE_string(
     "engine", "auto", "How per-example gradients are obtained: auto, layerwise or vectorized."
 )
@@ -105,13 +97,6 @@ flags.DEFINE_integer(
     "for which it does not pay; else 1. benchmarks/experiments.py measures both.",
     lower_bound=1,
 )
-flags.DEFINE_string(
-    "model",
-    None,
-    "Which network (dynamics: several, comma-separated): a name in tf_gsnr/models.py, or "
-    "module:function, a function of your own, (input_shape, outputs, width) -> keras.Model. "
-    "Default: the paper's for the data set.",
-)
 flags.DEFINE_enum(
     "strategy",
     "none",
@@ -120,41 +105,6 @@ flags.DEFINE_enum(
     "machine; multi_worker, those of all processes of TF_CONFIG, each of which runs this command "
     "(docs/measuring_your_model.md). Process i > 0 writes into <name>-worker<i>.",
 )
-flags.DEFINE_bool(
-    "unseen",
-    False,
-    "osgr: estimate both sides of the ratio once more, from the same weights, by training sets "
-    "that the models have not seen: is it their adaptation that parts the two sides? Measurements "
-    "then take half as long again, and more.",
-)
-_define_grid("n", int, "Training-set sizes.")
-_define_grid("p_random", float, "Probabilities with which a label is replaced by a random one.")
-_define_grid("width", int, "Widths of the network: p of tables 2 and 3, hidden units on toy data.")
-_define_grid(
-    "epochs",
-    int,
-    "Gradient-descent iterations at which both sides are measured; dynamics, weights: how many.",
-)
-flags.DEFINE_integer("training_sets", None, "M, the training sets a configuration has.")
-flags.DEFINE_float("learning_rate", None, "lambda, the step of full-batch gradient descent.")
-flags.DEFINE_integer("test_size", None, "Test examples. Default: the whole test set.")
-flags.DEFINE_integer(
-    "batch_size",
-    None,
-    "Examples a micro-batch, for speed and memory only; dynamics, weights: examples a step of SGD.",
-)
-flags.DEFINE_integer("probe", None, "dynamics: training examples measured on. Default: all.")
-flags.DEFINE_integer("steps", None, "freezing: gradient-descent steps.")
-flags.DEFINE_integer("every", None, "Steps (freezing) or epochs (others) between measurements.")
-flags.DEFINE_integer("term_every", None, "weights: epochs between evaluations of (28); 0: none.")
-flags.DEFINE_integer("repeats", None, "freezing, dynamics, weights: seeds, from --seed on.")
-flags.DEFINE_float(
-    "initial_scale",
-    None,
-    "freezing: standard deviation of the initial weights; dynamics: factor of the last layer's.",
-)
-flags.DEFINE_float("toy_input_scale", 1.0, "Toy data: inputs are uniform on +- this [ours].")
-flags.DEFINE_float("toy_noise_scale", 0.01, "Toy data: noise is uniform on +- this [ours].")
 flags.DEFINE_string(
     "shard",
     None,
@@ -163,47 +113,90 @@ flags.DEFINE_string(
 )
 
 
-# What any experiment may be given, whether its records depend on it or not.
-GENERAL = ["experiment", "dataset", "data_dir", "runs_dir", "name", "overwrite", "seed", "engine"]
-GENERAL += ["jit_compile", "replicas", "strategy", "shard"]
+_DEFINED: list[str] = []  # the flags of the experiment that was asked for last
+
+
+def _define(experiment):
+    """Makes the flags of an experiment's settings."""
+    for name in set(_DEFINED) & set(FLAGS):
+        delattr(FLAGS, name)
+    _DEFINED.clear()
+    for field in fields(experiment.Settings):
+        default = "" if field.default is None else f" Default: {_text(field.default)}."
+        about = dict(name=field.flag, default=None, help=field.setting.help + default)
+        if field.is_list:
+            flags.DEFINE_multi(_List(field.kind), _ListSerializer(), **about)
+        elif field.kind is bool:
+            flags.DEFINE_bool(**about)
+        else:
+            define = {int: flags.DEFINE_integer, float: flags.DEFINE_float}
+            define.get(field.kind, flags.DEFINE_string)(**about)
+        _DEFINED.append(field.flag)
+
+
+def _text(default):
+    return ",".join(map(str, default)) if isinstance(default, list) else str(default)
 
 
 def parse_flags(argv):
-    """absl's parser, but a grid given on the command line replaces the flagfile's."""
-    from_file, direct = [], []
+    """absl's parser, with the flags of the experiment that is asked for.
+
+    A grid given on the command line replaces the flagfile's.
+    """
+    given, direct = [], []  # from flagfiles, and beside them
     for place, argument in enumerate(argv[1:], 1):
         of_file = "flagfile" in (argument.lstrip("-"), argv[place - 1].lstrip("-"))
         of_file |= argument.lstrip("-").startswith("flagfile=")
-        (from_file if of_file else direct).append(argument)
+        (given if of_file else direct).append(argument)
     try:
-        FLAGS([argv[0], *from_file])
-        for name in FLAGS:
-            if isinstance(FLAGS[name], flags.MultiFlag):
-                FLAGS[name].present = 0  # the next value given starts the list anew
+        given = FLAGS.read_flags_from_files(given)
+        name = _experiment_in([*given, *direct])
+        experiment = experiments.load(name)
+        _define(experiment)
+        before = {f.setting.before: f.flag for f in fields(experiment.Settings)}
+        given, direct = ([_renamed(a, before) for a in part] for part in (given, direct))
+        FLAGS([argv[0], *given])
+        for flag in FLAGS:
+            if isinstance(FLAGS[flag], flags.MultiFlag):
+                FLAGS[flag].present = 0  # the next value given starts the list anew
         return FLAGS([argv[0], *direct])
+    except flags.UnrecognizedFlagError as error:
+        sys.exit(
+            f"--{error.flagname}: the experiment {name!r} has no such setting; it has "
+            f"{', '.join(_DEFINED)}.\n{error}\nSee {Path(argv[0]).name} --help"
+        )
     except flags.Error as error:
         sys.exit(f"{error}\nSee {Path(argv[0]).name} --help")
+    except ValueError as error:
+        sys.exit(f"error: {error}")
 
 
-def _flag_values(names):
+def _experiment_in(arguments):
+    """The experiment that these arguments name, the last one if several; or the default."""
+    name = FLAGS["experiment"].default
+    for argument, after in zip(arguments, [*arguments[1:], ""]):
+        flag, equals, value = argument.lstrip("-").partition("=")
+        if flag == "experiment" and argument.startswith("-"):
+            name = value if equals else after
+    return name
+
+
+def _renamed(argument, names):
+    """The argument with the flag's name of today."""
+    dashes = argument[: len(argument) - len(argument.lstrip("-"))]
+    flag, equals, value = argument[len(dashes) :].partition("=")
+    return f"{dashes}{names[flag]}{equals}{value}" if dashes and flag in names else argument
+
+
+def _given(settings) -> dict:
+    """What the flags say of an experiment's settings."""
     values = {}
-    for name in names:
-        if name in FLAGS:
-            value = FLAGS[name].value
-            if isinstance(FLAGS[name], flags.MultiFlag) and value is not None:
-                value = [number for part in value for number in part]
-            values[name] = value
+    for field in fields(settings):
+        value = FLAGS[field.flag].value
+        if isinstance(FLAGS[field.flag], flags.MultiFlag) and value is not None:
+            value = [entry for part in value for entry in part]
+        values[field.name] = value
     return values
-
-
-def _check_flags(fields):
-    """Raises ValueError where a flag is given that the experiment, of these settings, lacks."""
-    for flag in FLAGS.get_key_flags_for_module(sys.modules[__name__]):
-        if flag.value != flag.default and flag.name not in (*GENERAL, *fields):
-            raise ValueError(
-                f"--{flag.name}: the experiment {FLAGS.experiment!r} has no such setting; it has "
-                f"{', '.join(fields)}"
-            )
 
 
 def _shard():
@@ -221,7 +214,7 @@ def _shard():
 
 def _strategy(experiment):
     """The strategy of the flag, or None."""
-    from tf_gsnr.descent import devices as data_parallel
+    from tf_gsnr.descent import devices
 
     if FLAGS.strategy == "none":
         return None
@@ -230,7 +223,7 @@ def _strategy(experiment):
             f"--replicas={FLAGS.replicas} with --strategy={FLAGS.strategy}: there, models train "
             "one after the other, each on all devices; leave one of the two flags out"
         )
-    return data_parallel.strategy(FLAGS.strategy, getattr(experiment, "STRATEGIES", ()))
+    return devices.strategy(FLAGS.strategy, getattr(experiment, "STRATEGIES", ()))
 
 
 def _environment(engine, jit_compile):
@@ -244,9 +237,7 @@ def _environment(engine, jit_compile):
     ]
     return {
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
-        "flags": _flag_values(
-            f.name for f in FLAGS.get_key_flags_for_module(sys.modules[__name__])
-        ),
+        "flags": {f.name: f.value for f in FLAGS.get_key_flags_for_module(sys.modules[__name__])},
         "versions": {
             "tf_gsnr": __version__,
             "tensorflow": tf.__version__,
@@ -272,16 +263,16 @@ def _processor():
         return platform.processor() or platform.machine()
 
 
-def _name():
-    return FLAGS.name or f"{FLAGS.experiment}_{FLAGS.dataset}".replace(":", ".").replace("/", "-")
+def _name(dataset):
+    return FLAGS.name or f"{FLAGS.experiment}_{dataset}".replace(":", ".").replace("/", "-")
 
 
 def run(argv):
     """Runs the experiment that the flags describe and returns its run directory."""
     if len(argv) > 1:
         raise ValueError(f"unexpected arguments {argv[1:]}: every option is a --flag=value")
-    from tf_gsnr import data, experiments  # imports TensorFlow
-    from tf_gsnr.descent import devices as data_parallel
+    from tf_gsnr import data  # imports TensorFlow
+    from tf_gsnr.descent import devices
     from tf_gsnr.experiments.framework import runner
     from tf_gsnr.gradients import engines
 
@@ -291,17 +282,17 @@ def run(argv):
     engines.check_name(FLAGS.engine)
     jit = {"auto": "auto", "true": True, "false": False}[FLAGS.jit_compile]
     jit = engines.resolve_jit_compile(jit)
-    _check_flags(experiment.Settings._fields)
-    settings = experiment.settings(**_flag_values(experiment.Settings._fields))
+    settings = experiment.settings(**_given(experiment.Settings))
     configurations = experiment.configurations(settings)
     part, suffix = _shard()
-    worker = data_parallel.worker(strategy)
+    worker = devices.worker(strategy)
     suffix += f"-worker{worker}" if worker else ""
     chosen = configurations[part]
     if not chosen:
         raise ValueError(f"--shard={FLAGS.shard}: there are {len(configurations)} configurations")
-    options = dict(input_scale=FLAGS.toy_input_scale, noise_scale=FLAGS.toy_noise_scale)
-    source = data.load(FLAGS.dataset, FLAGS.data_dir, **options)
+    toy = {"input_scale": "toy_input_scale", "noise_scale": "toy_noise_scale"}
+    toy = {k: getattr(settings, v) for k, v in toy.items() if hasattr(settings, v)}
+    source = data.load(settings.dataset, FLAGS.data_dir, **toy)
     sizes = getattr(settings, "n", None) or 0
     largest = max(sizes) if isinstance(sizes, list) else sizes
     unseen = bool(getattr(settings, "unseen", False))
@@ -309,7 +300,7 @@ def run(argv):
         more = " (and as many others, for --unseen)" if unseen else ""
         raise ValueError(f"--n={largest}{more}: {source.name} has {source.pool} training examples")
     directory = records.RunDirectory(
-        Path(FLAGS.runs_dir) / (_name() + suffix),
+        Path(FLAGS.runs_dir) / (_name(settings.dataset) + suffix),
         settings._asdict() | {"experiment": FLAGS.experiment},
         grown=experiment.GRID,
         overwrite=FLAGS.overwrite,
@@ -317,13 +308,13 @@ def run(argv):
     directory.write_config(_environment(FLAGS.engine, jit) | {"worker": worker})
     directory.write_plan(configurations, experiment.epochs(settings), experiment.GRID)
     progress.say(
-        f"{FLAGS.experiment} on {FLAGS.dataset}: {len(chosen)} configurations into "
+        f"{FLAGS.experiment} on {settings.dataset}: {len(chosen)} configurations into "
         f"{directory.path}; engine {FLAGS.engine}, XLA {'on' if jit else 'off'}"
         + (f", {FLAGS.strategy} devices: {strategy.num_replicas_in_sync}" if strategy else "")
     )
     options = dict(engine=FLAGS.engine, jit_compile=jit, replicas=FLAGS.replicas, strategy=strategy)
     runner.go_through(experiment, settings, chosen, source, directory, **options)
-    return _finish(directory)
+    return _finish(experiment, directory)
 
 
 def _quieten_tensorflow():
@@ -335,15 +326,15 @@ def _quieten_tensorflow():
     )
 
 
-def _finish(directory):
+def _finish(experiment, directory):
     """Summary, table and figure of all records of the run."""
     found = directory.records()
-    drawn = plots.load(FLAGS.experiment)
-    directory.write_json("summary.json", {"experiment": FLAGS.experiment, **drawn.summary(found)})
-    figure = plots.draw(
-        FLAGS.experiment, found, directory.path / "figures" / f"{FLAGS.experiment}.png"
+    directory.write_json(
+        "summary.json", {"experiment": FLAGS.experiment, **experiment.summary(found)}
     )
-    print(drawn.table(found))
+    file = directory.path / "figures" / f"{FLAGS.experiment}.png"
+    figure = plots.draw(experiment, found, file)
+    print(experiment.table(found))
     print(f"\nrecords: {directory.path / 'records.jsonl'}\nfigure:  {figure}")
     return directory
 

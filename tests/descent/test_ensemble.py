@@ -7,13 +7,15 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from tf_gsnr import data, models, progress
+from tf_gsnr import data, experiments, models, progress
 from tf_gsnr.descent import ensemble
 from tf_gsnr.descent import single as descent
-from tf_gsnr.experiments import Workbench
+from tf_gsnr.experiments.framework.experiment import Workbench
 from tf_gsnr.experiments.osgr import run as osgr
 from tf_gsnr.gradients import examples
 from tf_gsnr.records import RunDirectory
+
+OSGR = experiments.load("osgr")
 
 
 def close(a, b, tolerance=1e-6):
@@ -94,7 +96,7 @@ def test_the_records_do_not_depend_on_how_many_train_together(tmp_path):
     """In float64, where the difference of two losses keeps its digits."""
     keras.config.set_dtype_policy("float64")
     try:
-        settings = osgr.settings(
+        settings = OSGR.settings(
             dataset="toy",
             n=[20],
             p_random=[0.5],
@@ -112,7 +114,7 @@ def test_the_records_do_not_depend_on_how_many_train_together(tmp_path):
             bar = progress.Progress(1, io.StringIO())
             source = data.load("toy")
             bench = Workbench(source, directory, bar, replicas=number, traced={})
-            (configuration,) = osgr.configurations(settings)
+            (configuration,) = OSGR.configurations(settings)
             found.append(list(osgr.run(configuration, settings, bench)))
     finally:
         keras.config.set_dtype_policy("float32")

@@ -8,12 +8,14 @@ import pytest
 from keras import layers
 
 import tf_gsnr
-from tf_gsnr import data, models, plots, progress
-from tf_gsnr.experiments import Workbench
+from tf_gsnr import data, experiments, models, progress
 from tf_gsnr.experiments.dynamics import run as dynamics
+from tf_gsnr.experiments.framework.experiment import Workbench
 from tf_gsnr.gradients import recalibration
 from tf_gsnr.plots.claims import FAILS, HOLDS
 from tf_gsnr.records import RunDirectory
+
+DYNAMICS = experiments.load("dynamics")
 
 SMALL = dict(n=50, probe=30, test_size=40, width=2, epochs=2, batch_size=16, repeats=1)
 
@@ -92,7 +94,7 @@ def gradients(weights, x, y, name):
 @pytest.mark.parametrize("name", ["logistic_regression", "linear_svm"])
 @pytest.mark.parametrize("p_random", [0.0, 1.0])
 def test_against_plain_numpy_sgd(tmp_path, traced, name, p_random):
-    settings = dynamics.settings(**SMALL, model=name, dataset="spots")
+    settings = DYNAMICS.settings(**SMALL, model=name, dataset="spots")
     configuration = dict(model=name, seed=3, p_random=p_random)
     records = list(dynamics.run(configuration, settings, bench(tmp_path, traced)))
     assert [r["epoch"] for r in records] == [0, 1, 2]
@@ -128,7 +130,7 @@ def test_against_plain_numpy_sgd(tmp_path, traced, name, p_random):
 
 
 def test_interrupted_it_ends_with_the_same_records(tmp_path, traced):
-    settings = dynamics.settings(**SMALL, model="normed_net", dataset="spots")
+    settings = DYNAMICS.settings(**SMALL, model="normed_net", dataset="spots")
     configuration = dict(model="normed_net", seed=0, p_random=0.0)
     whole = list(dynamics.run(configuration, settings, bench(tmp_path / "whole", traced)))
     assert whole[0]["layers"] == 3
@@ -149,10 +151,10 @@ def test_interrupted_it_ends_with_the_same_records(tmp_path, traced):
 
 def test_real_and_random_labels_start_alike(tmp_path, traced):
     """The same weights and images: only the labels of the training set differ."""
-    settings = dynamics.settings(**SMALL | dict(epochs=1), model="normed_net", dataset="spots")
+    settings = DYNAMICS.settings(**SMALL | dict(epochs=1), model="normed_net", dataset="spots")
     real, random = (
         next(dynamics.run(c, settings, bench(tmp_path / str(c["p_random"]), traced)))
-        for c in dynamics.configurations(settings)
+        for c in DYNAMICS.configurations(settings)
     )
     assert (real["p_random"], random["p_random"]) == (0.0, 1.0)
     assert real["test_loss"] == pytest.approx(random["test_loss"])
@@ -224,39 +226,39 @@ FLAT, SIGNS = [0.03, 0.021, 0.02, 0.02, 0.02], [0.5, 0.53, 0.54, 0.55, 0.56]
 def test_figure_table_and_claims():
     deep = made_up("net", 3, 0.0, RISING, SIGNS) + made_up("net", 3, 1.0, FLAT, SIGNS)
     shallow = made_up("line", 1, 0.0, FALLING, SIGNS)
-    assert len(plots.dynamics.figure(deep + shallow).axes) == 6
-    assert "net" in plots.dynamics.table(deep + shallow)
-    assert plots.dynamics.summary(deep)["net"]["1.0"]["seeds"] == 2
-    assert [c.verdict for c in plots.dynamics.claims(deep + shallow)] == [HOLDS] * 4
+    assert len(DYNAMICS.figure(deep + shallow).axes) == 6
+    assert "net" in DYNAMICS.table(deep + shallow)
+    assert DYNAMICS.summary(deep)["net"]["1.0"]["seeds"] == 2
+    assert [c.verdict for c in DYNAMICS.claims(deep + shallow)] == [HOLDS] * 4
 
     deep = made_up("net", 3, 0.0, FALLING, SIGNS[::-1]) + made_up("net", 3, 1.0, RISING, SIGNS)
     shallow = made_up("line", 1, 0.0, RISING, SIGNS)
-    assert [c.verdict for c in plots.dynamics.claims(deep + shallow)] == [FAILS] * 4
+    assert [c.verdict for c in DYNAMICS.claims(deep + shallow)] == [FAILS] * 4
 
 
 def test_an_unfinished_run_claims_what_it_can():
     real, random = made_up("net", 3, 0.0, RISING, SIGNS), made_up("net", 3, 1.0, FLAT, SIGNS)
     for epochs, claims in ((5, 3), (2, 3), (1, 2), (0, 2)):
         begun = [r for r in random if r["epoch"] < epochs]
-        assert len(plots.dynamics.claims(real + begun)) == claims
-    assert plots.dynamics.claims(random) == []  # a shard's
+        assert len(DYNAMICS.claims(real + begun)) == claims
+    assert DYNAMICS.claims(random) == []  # a shard's
 
 
 def test_bad_settings_are_named():
     for bad in (dict(epochs=0), dict(probe=1), dict(n=[5, 6])):
         with pytest.raises(ValueError, match=f"--{next(iter(bad))}="):
-            dynamics.settings(**bad)
+            DYNAMICS.settings(**bad)
     with pytest.raises(ValueError, match="--probe=60: expected at most n = 50"):
-        dynamics.settings(n=50, probe=60)
-    assert dynamics.settings(model="simple_cnn,linear_svm").model == ["simple_cnn", "linear_svm"]
-    settings = dynamics.settings(dataset="toy")
+        DYNAMICS.settings(n=50, probe=60)
+    assert DYNAMICS.settings(model="simple_cnn,linear_svm").model == ["simple_cnn", "linear_svm"]
+    settings = DYNAMICS.settings(dataset="toy")
     bench = Workbench(data.load("toy"), None, progress.Progress(1, io.StringIO()), traced={})
     with pytest.raises(ValueError, match="--dataset=toy: .*needs classes"):
-        next(dynamics.run(dynamics.configurations(settings)[0], settings, bench))
+        next(dynamics.run(DYNAMICS.configurations(settings)[0], settings, bench))
 
 
 def test_at_first_the_examples_of_a_class_agree(tfds_dir):
-    """Why the same-sign proportion starts above one half: `plots.dynamics.WHY_SIGNS`."""
+    """Why the same-sign proportion starts above one half: `DYNAMICS.WHY_SIGNS`."""
     source = data.load("cifar10", tfds_dir)
     model = models.build("simple_cnn", source.input_shape, source.outputs, width=4, seed=0)
     x, y = source.draw(200, np.random.default_rng(0))

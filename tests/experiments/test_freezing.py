@@ -5,20 +5,23 @@ import io
 import numpy as np
 import pytest
 
-from tf_gsnr import data, plots, progress
-from tf_gsnr.experiments import Workbench
+from tf_gsnr import data, experiments, progress
+from tf_gsnr.experiments.framework.experiment import Workbench
+from tf_gsnr.experiments.freezing import figure
 from tf_gsnr.experiments.freezing import run as freezing
+
+FREEZING = experiments.load("freezing")
 
 SMALL = dict(n=40, test_size=100, width=5, steps=30, every=10, repeats=2, initial_scale=0.3)
 
 
 @pytest.fixture(scope="module")
 def records():
-    settings = freezing.settings(**SMALL)
+    settings = FREEZING.settings(**SMALL)
     bench = Workbench(data.load("toy"), None, progress.Progress(1, io.StringIO()), traced={})
     return {
         (c["seed"], c["frozen"]): list(freezing.run(c, settings, bench))
-        for c in freezing.configurations(settings)
+        for c in FREEZING.configurations(settings)
     }
 
 
@@ -51,20 +54,21 @@ def test_the_gsnr_is_that_of_the_regression(records):
 
 def test_figure_and_table(records):
     flat = [r for group in records.values() for r in group]
-    assert len(plots.freezing.figure(flat).axes) == 2
-    table = plots.freezing.table(flat)
+    assert len(FREEZING.figure(flat).axes) == 2
+    table = FREEZING.table(flat)
     assert "learns" in table and "correlation with y" in table
-    summary = plots.freezing.summary(flat)
+    summary = FREEZING.summary(flat)
     assert summary["whole"]["seeds"] == summary["frozen"]["seeds"] == 2
 
 
 def test_a_shard_without_the_first_seeds_whole_network(records):
     shard = [r for key, group in records.items() if key != (0, False) for r in group]
-    assert len(plots.freezing.figure(shard).axes) == 2
-    assert plots.freezing.features(shard) == plots.freezing.features(records[1, False])
+    assert len(FREEZING.figure(shard).axes) == 2
+    assert figure.features(shard) == figure.features(records[1, False])
 
 
 def test_bad_settings_are_named():
     for bad in (dict(steps=0), dict(n=[100, 200]), dict(dataset="mnist"), dict(every=-1)):
-        with pytest.raises(ValueError, match=f"--{next(iter(bad))}="):
-            freezing.settings(**bad)
+        flag = "every_steps" if "every" in bad else next(iter(bad))
+        with pytest.raises(ValueError, match=f"--{flag}="):
+            FREEZING.settings(**bad)

@@ -10,13 +10,15 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from tf_gsnr import data, models, plots, progress
+from tf_gsnr import data, experiments, models, progress
 from tf_gsnr.descent import directional_variance
-from tf_gsnr.experiments import Workbench
+from tf_gsnr.experiments.framework.experiment import Workbench
 from tf_gsnr.experiments.osgr import run as osgr
 from tf_gsnr.gradients import examples, recalibration
 from tf_gsnr.plots.claims import FAILS, HOLDS
 from tf_gsnr.records import RunDirectory
+
+OSGR = experiments.load("osgr")
 
 L = keras.layers
 LEARNING_RATE = 0.01
@@ -63,7 +65,7 @@ def run(source, tmp_path_factory):
 
 
 def _run(source, tmp_path_factory):
-    settings = osgr.settings(
+    settings = OSGR.settings(
         dataset="cifar10",
         model="tiny",
         n=[TRAIN],
@@ -75,7 +77,7 @@ def _run(source, tmp_path_factory):
         test_size=TEST,
         batch_size=5,  # the last chunk is padded
     )
-    (configuration,) = osgr.configurations(settings)
+    (configuration,) = OSGR.configurations(settings)
     work = bench(source, tmp_path_factory.mktemp("run"))
     yield settings, work, list(osgr.run(configuration, settings, work))
 
@@ -209,9 +211,9 @@ def test_statistics_are_exact_whatever_the_chunks(run, source):
 
 def test_the_figure_has_both_predictions_and_the_table_too(run):
     records = run[2]
-    assert len(plots.osgr.figure(records).axes) == 4
-    table = plots.osgr.table(records)
-    assert "as constants" in table and "frozen" in plots.osgr.summary(records)
+    assert len(OSGR.figure(records).axes) == 4
+    table = OSGR.table(records)
+    assert "as constants" in table and "frozen" in OSGR.summary(records)
 
 
 def points(dataset, offset, **fields):
@@ -235,7 +237,7 @@ def points(dataset, offset, **fields):
 
 
 def test_claims_follow_from_the_numbers():
-    on, off = plots.osgr.claims(points("mnist", 0)), plots.osgr.claims(points("toy", 0.3))
+    on, off = OSGR.claims(points("mnist", 0)), OSGR.claims(points("toy", 0.3))
     assert [c.verdict for c in on] == [HOLDS, HOLDS] and on[0].where == "figure 4"
     assert "+0.300 at epoch 5" in off[0].why and "1.010 of what" in off[0].why
     assert "0.907" in on[1].paper and "Pearson 1.000" in on[1].ours
@@ -245,14 +247,14 @@ def test_claims_follow_from_the_numbers():
         r | dict(osgr_predicted_frozen=r["osgr_predicted"] - 0.5)
         for r in points("cifar10", 0, **constant)
     ]
-    diagonal, correlated = plots.osgr.claims(records)
+    diagonal, correlated = OSGR.claims(records)
     assert diagonal.where == "figure 9" and diagonal.verdict == correlated.verdict == HOLDS
     assert "+0.500" in diagonal.ours and "+0.000" in diagonal.why
-    assert plots.osgr.claims([r | dict(small_step=False) for r in records]) == []
+    assert OSGR.claims([r | dict(small_step=False) for r in records]) == []
 
 
 def test_real_cifar(tfds_dir, tmp_path):
-    settings = osgr.settings(
+    settings = OSGR.settings(
         dataset="cifar10",
         n=[20],
         width=[1],

@@ -13,7 +13,7 @@ import pytest
 from absl.testing import flagsaver
 
 import tf_gsnr.main
-from tf_gsnr import data, experiments, models, plots, records
+from tf_gsnr import data, experiments, models, records
 
 PAGE = Path(__file__).parents[2] / "docs" / "your_own_experiment.md"
 
@@ -126,8 +126,35 @@ def test_unknown_names_say_what_there_is(place):
     name = write(place, "half_an_experiment", "GRID = ()\n\ndef run(*a): pass\n")
     with pytest.raises(ValueError, match=f"--experiment={name}.*lacks Settings, settings.*figure"):
         experiments.load(name)
-    with pytest.raises(ValueError, match="--experiment=nope: there is no module 'nope'"):
-        plots.load("nope")
+
+
+def test_a_setting_of_ones_own_is_a_flag(place, capsys):
+    code = (place / "sample_size.py").read_text()
+    code = code.replace("from typing import NamedTuple", "from typing import Annotated, NamedTuple")
+    code = code.replace("import complete", "import POSITIVE, Setting, complete")
+    own = 'tilt: Annotated[float, Setting("Of the bars, in degrees.", POSITIVE)] = 10.0'
+    name = write(
+        place, "tilted", code.replace("    seed: int = 0\n", f"    seed: int = 0\n    {own}\n")
+    )
+
+    def settings(*arguments):
+        with flagsaver.flagsaver():
+            tf_gsnr.main.parse_flags(["main.py", f"--experiment={name}", *arguments])
+            experiment = experiments.load(name)
+            return experiment.settings(**tf_gsnr.main._given(experiment.Settings))
+
+    assert settings().tilt == 10.0
+    assert settings("--tilt=5", "--n=7,7,9").tilt == 5.0
+    assert settings("--n=7,7,9").n == [7, 9]
+    with pytest.raises(ValueError, match="--tilt=-1.0: expected a positive number"):
+        settings("--tilt=-1")
+    for wrong in ("--tilt=steep", "--n=", "--n=1,", "--probe=3"):
+        with pytest.raises(SystemExit):
+            settings(wrong)
+    with flagsaver.flagsaver():
+        tf_gsnr.main.parse_flags(["main.py", f"--experiment={name}"])
+        text = tf_gsnr.main.FLAGS.module_help("tf_gsnr.main")
+        assert "Of the bars, in degrees. Default: 10.0." in " ".join(text.split())
 
 
 def test_an_error_inside_the_users_module_is_not_hidden(place):

@@ -7,13 +7,15 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from tf_gsnr import data, plots, progress, records
-from tf_gsnr.experiments import Workbench
+from tf_gsnr import data, experiments, progress, records
+from tf_gsnr.experiments.framework.experiment import Workbench
 from tf_gsnr.experiments.weights import feature_term
 from tf_gsnr.experiments.weights import run as weights
 from tf_gsnr.experiments.weights.gradient_change import mean_gradient
 from tf_gsnr.gradients import examples
 from tf_gsnr.models import per_example
+
+WEIGHTS = experiments.load("weights")
 
 SMALL = dict(dataset="toy", model="mlp", n=30, width=6, epochs=4, every=1, term_every=2, repeats=2)
 LOSS = per_example(keras.losses.SparseCategoricalCrossentropy(from_logits=True))
@@ -94,15 +96,15 @@ def bench(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def found(bench):
-    settings = weights.settings(**SMALL, batch_size=10)
-    return [r for c in weights.configurations(settings) for r in weights.run(c, settings, bench)]
+    settings = WEIGHTS.settings(**SMALL, batch_size=10)
+    return [r for c in WEIGHTS.configurations(settings) for r in weights.run(c, settings, bench)]
 
 
 def test_records_are_what_numpy_finds(bench, found):
     """Epoch 0, the second layer: g, Delta g by both steps, from a network in plain numpy."""
     (x, y) = data.load("toy").draw(30, np.random.default_rng([0, 30]))
     x, y = x.astype(float), y.astype(float)
-    settings = weights.settings(**SMALL)
+    settings = WEIGHTS.settings(**SMALL)
     start = [w.astype(float) for w in weights.initial(settings, bench.source, 0).get_weights()]
 
     def gradient(v1, c1, v2, c2, v3, c3):
@@ -138,7 +140,7 @@ def test_records_are_what_numpy_finds(bench, found):
 
 def test_a_killed_run_goes_on_where_it_was(bench, found, monkeypatch):
     monkeypatch.setattr(weights, "CHECKPOINT_SECONDS", -1)
-    settings = weights.settings(**SMALL, batch_size=10)
+    settings = WEIGHTS.settings(**SMALL, batch_size=10)
     started = weights.run({"seed": 1}, settings, bench)
     first = [next(started) for _ in range(3)]
     del started
@@ -155,27 +157,27 @@ def test_a_killed_run_goes_on_where_it_was(bench, found, monkeypatch):
 
 
 def test_figure_table_and_claims(found):
-    assert len(plots.weights.figure(found).axes) == 4
-    assert "W g < 0" in plots.weights.table(found)
-    assert plots.weights.summary(found)["seeds"] == 2
-    claims = plots.weights.claims(found)
+    assert len(WEIGHTS.figure(found).axes) == 4
+    assert "W g < 0" in WEIGHTS.table(found)
+    assert WEIGHTS.summary(found)["seeds"] == 2
+    claims = WEIGHTS.claims(found)
     assert {c.verdict for c in claims} <= {"holds", "holds partly", "does not hold"}
     assert all(c.where == "figure 7a" or c.where == "figure 7b" or "3.3" in c.where for c in claims)
 
 
 def test_term_28_can_be_left_out():
-    with_terms, without = (weights.settings(dataset="toy", term_every=k) for k in (20, 0))
-    assert weights.work({}, without) < weights.work({}, with_terms)
+    with_terms, without = (WEIGHTS.settings(dataset="toy", term_every=k) for k in (20, 0))
+    assert WEIGHTS.work({}, without) < WEIGHTS.work({}, with_terms)
 
 
 def test_bad_settings_are_named():
     for bad in (dict(epochs=0), dict(n=[100, 200]), dict(batch_size=0), dict(term_every=3)):
         with pytest.raises(ValueError, match=f"--{next(iter(bad))}="):
-            weights.settings(**bad)
+            WEIGHTS.settings(**bad)
 
 
 def test_a_network_that_is_no_chain_is_named(bench):
-    settings = weights.settings(**SMALL)
+    settings = WEIGHTS.settings(**SMALL)
     with pytest.raises(ValueError, match="--model=mlp"):
         weights.check_chain(keras.Model(), settings)
     for single in ([], [keras.layers.Dense(2, name="only")]):

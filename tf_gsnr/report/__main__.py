@@ -15,7 +15,7 @@ from pathlib import Path
 
 from absl import app, flags
 
-from tf_gsnr import plots, progress
+from tf_gsnr import experiments, progress
 from tf_gsnr.report import document, results, runs
 
 FLAGS = flags.FLAGS
@@ -62,7 +62,7 @@ def _is_shown(run):
         progress.say(f"left out: {run.name} has no records yet")
         return False
     try:
-        plots.load(run.experiment)
+        experiments.load(run.experiment)
     except ValueError as error:
         progress.say(f"left out: {run.name}: {error}")
         return False

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
-from tf_gsnr import plots
+from tf_gsnr import experiments, plots
 from tf_gsnr.plots.claims import FAILS, HOLDS, PARTLY
 from tf_gsnr.report.document import Badge, Code, Figure, Heading, Link, Listing, Paragraph, Table
 from tf_gsnr.report.runs import command
@@ -44,7 +45,7 @@ def document(runs: list, figures) -> list:
 
 def _claims(run):
     """The claims that a run tests; an experiment of a user's own may have none."""
-    return getattr(plots.load(run.experiment), "claims", lambda records: [])(run.records)
+    return getattr(experiments.load(run.experiment), "claims", lambda records: [])(run.records)
 
 
 def _row(run, claim):
@@ -60,12 +61,13 @@ def _row(run, claim):
 
 
 def _section(run, claims, figures):
-    drawn = plots.load(run.experiment)
-    caption = (drawn.__doc__ or run.name).strip().splitlines()[0]
+    drawn = experiments.load(run.experiment)
+    described = sys.modules[drawn.figure.__module__].__doc__
+    caption = (described or run.name).strip().splitlines()[0]
     blocks = [
         Heading(2, run.name),
         Listing(command(run)),
-        Figure(plots.draw(run.experiment, run.records, figures / f"{run.name}.png"), caption),
+        Figure(plots.draw(drawn, run.records, figures / f"{run.name}.png"), caption),
         Listing(drawn.table(run.records)),
     ]
     remarks = {}

@@ -23,86 +23,19 @@ import numpy as np
 import tensorflow as tf
 
 from tf_gsnr import arrays, data, metrics, models
-from tf_gsnr.experiments.framework.settings import POSITIVE, PROBABILITY, at_least, complete
+from tf_gsnr.experiments.dynamics.settings import (
+    EVALUATION,
+    GRADIENT,
+    STATISTICS,
+    STEP,
+    Settings,
+    work_until,
+)
 from tf_gsnr.gradients import recalibration
 from tf_gsnr.gradients.measure import gradient_moments
 
-GRID = ("model", "p_random", "repeats")
-
-STEP, STATISTICS, GRADIENT, EVALUATION = 3, 1, 4, 1  # of an example, in forward passes
 PIECE = 1000  # probe examples between two looks at the progress
 MICRO_BATCH = 125  # of a measurement: speed and memory only, but for the batch-norm statistics
-
-
-class Settings(NamedTuple):
-    """All that the records depend on; marks as in `osgr`."""
-
-    dataset: str = "cifar10"  # [text]
-    model: list = ["simple_cnn"]  # [reported], its layers [ours]
-    n: int = 50_000  # [ours] the whole training set
-    p_random: list = [0.0, 1.0]  # [reported]
-    width: int = 32  # [ours]
-    epochs: int = 100  # [ours]
-    every: int = 1  # [text]
-    probe: int | None = None  # None: all n
-    learning_rate: float = 0.02  # [ours]
-    initial_scale: float = 0.1  # [ours] factor of the last layer's initial weights
-    batch_size: int = 128  # [ours]
-    test_size: int | None = None
-    repeats: int = 3  # [ours]
-    seed: int = 0
-
-
-def settings(**given) -> Settings:
-    """The settings given, completed by the defaults.
-
-    Raises:
-      ValueError: a value that no run can have.
-    """
-    if isinstance(given.get("model"), str):
-        given["model"] = given["model"].split(",")
-    numbers = ["width", "epochs", "every", "learning_rate", "initial_scale", "batch_size"]
-    numbers += ["repeats"]
-    chosen = complete(
-        Settings,
-        given,
-        {},
-        n=at_least(2),
-        p_random=PROBABILITY,
-        probe=at_least(2),
-        test_size=at_least(1),
-        **dict.fromkeys(numbers, POSITIVE),
-    )
-    if chosen.probe is not None and chosen.probe > chosen.n:
-        raise ValueError(f"--probe={chosen.probe}: expected at most n = {chosen.n}")
-    return chosen
-
-
-def configurations(settings: Settings) -> list[dict]:
-    """Every network, seed and share of random labels."""
-    seeds = range(settings.seed, settings.seed + settings.repeats)
-    return [
-        dict(model=model, seed=seed, p_random=p_random)
-        for model in settings.model
-        for seed in seeds
-        for p_random in settings.p_random
-    ]
-
-
-def epochs(settings: Settings) -> list[int]:
-    """Those measured, 0 before training."""
-    return list(range(0, settings.epochs + 1, settings.every))
-
-
-def work(configuration: dict, settings: Settings) -> float:
-    """Forward passes of an example; all networks of a run count alike."""
-    return _work_until(settings.epochs, settings)
-
-
-def _work_until(epoch, settings):
-    probe, test = settings.probe or settings.n, settings.test_size or 10_000
-    measurement = (STATISTICS + GRADIENT + EVALUATION) * probe + EVALUATION * test
-    return STEP * settings.n * epoch + measurement * (epoch // settings.every + 1)
 
 
 def run(configuration: dict, settings: Settings, workbench) -> Iterator[dict]:
@@ -250,7 +183,7 @@ def _restore(model, configuration, settings, workbench):
     if saved and json.loads(str(saved["configuration"])) == configuration:
         model.set_weights([saved[k] for k in sorted(saved) if k.startswith("weight")])
         epoch = int(saved["epoch"])
-        workbench.progress.skip(_work_until(epoch, settings))
+        workbench.progress.skip(work_until(epoch, settings))
         return epoch + 1, float(saved["seconds"])
     source, name, seed = workbench.source, configuration["model"], configuration["seed"]
     fresh = models.build(name, source.input_shape, source.outputs, settings.width, seed)

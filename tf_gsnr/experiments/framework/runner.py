@@ -6,7 +6,7 @@ import time
 
 from tf_gsnr import progress, records
 from tf_gsnr.descent import devices
-from tf_gsnr.experiments import Workbench
+from tf_gsnr.experiments.framework.experiment import Workbench
 
 
 def go_through(experiment, settings, configurations, source, directory, **how):

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import numpy as np
 import tensorflow as tf
@@ -20,61 +19,8 @@ import tensorflow as tf
 from tf_gsnr import arrays, metrics, models
 from tf_gsnr.descent import single
 from tf_gsnr.descent.microbatches import of_data
-from tf_gsnr.experiments.framework.settings import POSITIVE, at_least, complete
+from tf_gsnr.experiments.freezing.settings import Settings, epochs
 from tf_gsnr.experiments.weights.statistics import correlation
-
-GRID = ("repeats",)
-
-
-class Settings(NamedTuple):
-    """All that the records depend on; marks as in `osgr`."""
-
-    dataset: str = "toy"
-    n: int = 200  # [text]
-    test_size: int = 10_000  # [text]
-    width: int = 20  # [text]
-    steps: int = 1000  # [ours]
-    every: int = 10  # [ours]
-    learning_rate: float = 0.1  # [ours]
-    initial_scale: float = 0.05  # [ours] it decides the result: see the flagfile
-    repeats: int = 6  # [ours]
-    toy_input_scale: float = 1.0
-    toy_noise_scale: float = 0.01
-    seed: int = 0
-
-
-def settings(**given) -> Settings:
-    """The settings given, completed by the defaults.
-
-    Raises:
-      ValueError: a value that no run can have.
-    """
-    numbers = ("width", "steps", "every", "repeats", "learning_rate", "initial_scale")
-    chosen = complete(
-        Settings,
-        given,
-        {},
-        n=at_least(2),
-        test_size=at_least(2),
-        **dict.fromkeys(numbers, POSITIVE),
-    )
-    if chosen.dataset != "toy":
-        raise ValueError(f"--dataset={chosen.dataset}: freezing runs on toy data")
-    return chosen
-
-
-def configurations(settings: Settings) -> list[dict]:
-    """Every seed, whole and frozen."""
-    seeds = range(settings.seed, settings.seed + settings.repeats)
-    return [dict(seed=seed, frozen=frozen) for seed in seeds for frozen in (False, True)]
-
-
-def epochs(settings: Settings) -> list[int]:
-    return list(range(0, settings.steps + 1, settings.every))
-
-
-def work(configuration: dict, settings: Settings) -> float:
-    return float(settings.steps)
 
 
 def run(configuration: dict, settings: Settings, workbench) -> Iterator[dict]:

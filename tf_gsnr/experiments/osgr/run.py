@@ -19,127 +19,22 @@ iteration), i test example.
 
 from __future__ import annotations
 
-import itertools
 import json
 import time
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import numpy as np
 import tensorflow as tf
 
 from tf_gsnr import data, models
 from tf_gsnr.descent import devices, ensemble, microbatches, single
-from tf_gsnr.experiments.framework.settings import POSITIVE, PROBABILITY, at_least, complete
 from tf_gsnr.experiments.osgr import one_step
+from tf_gsnr.experiments.osgr.settings import Settings, set_work
 
-GRID = ("n", "p_random", "width", "epochs")
 STRATEGIES = devices.STRATEGIES
 
 CHECKPOINT_SECONDS = 20
 PIECE_SECONDS = 2  # of descent between two looks at the clock
-
-
-class Settings(NamedTuple):
-    """All that the records depend on."""
-
-    dataset: str
-    model: str
-    n: list
-    p_random: list
-    width: list
-    epochs: list
-    training_sets: int
-    learning_rate: float
-    test_size: int | None
-    batch_size: int
-    toy_input_scale: float
-    toy_noise_scale: float
-    unseen: bool
-    seed: int
-
-
-# The paper's settings, for what is not given: [text] stands in its prose, [derived] follows from
-# it, [reported] stands in other public write-ups of it, [ours] is our choice.
-PAPER = {
-    "mnist": dict(
-        model="mnist_cnn",  # table 2 [derived]
-        n=[1000, 2000, 4000, 6000, 8000, 10000, 15000],  # [reported]
-        p_random=[0.0, 0.1, 0.2, 0.3, 0.5],  # [reported]
-        width=[6, 8, 10, 12, 14, 16, 18, 20],  # [reported]
-        epochs=[0, 20, 100, 500, 1000, 2500],  # up to 2,500 [text], the others [ours]
-        training_sets=10,  # [text]
-        learning_rate=0.001,  # [reported]
-    ),
-    "cifar10": dict(
-        model="cifar_cnn",  # table 3 [derived]
-        n=[2000, 4000, 6000, 8000, 10000],  # [ours]
-        p_random=[0.0, 0.1, 0.2, 0.3, 0.5],  # as for MNIST [ours]
-        width=[4, 6, 8, 12, 16],  # [ours]
-        epochs=[0, 20, 100, 500, 1000, 2500],  # [ours]
-        training_sets=10,  # as for MNIST [ours]
-        learning_rate=0.001,  # [reported]
-    ),
-    "toy": dict(
-        model="toy_mlp",  # [text]
-        n=[100, 200, 500, 1000],  # [ours]
-        p_random=[0.0, 0.1, 0.2, 0.3],  # [ours]
-        width=[10, 20, 50],  # [ours]
-        epochs=[0, 100, 500, 1000, 2500, 5000],  # [ours]
-        training_sets=100,  # [text]
-        learning_rate=0.001,  # [text]
-    ),
-}
-
-
-def settings(**given) -> Settings:
-    """The settings given, completed by the paper's for the data set.
-
-    Raises:
-      ValueError: a value that no run can have.
-    """
-    # The default test_size None is the whole test set: 10,000 on MNIST, 20,000 on toy data [text].
-    ours = dict(test_size=None, batch_size=500, toy_input_scale=1.0, toy_noise_scale=0.01)
-    ours |= dict(unseen=False, seed=0)
-    dataset = given.get("dataset") or "mnist"
-    chosen = complete(
-        Settings,
-        given,
-        {**PAPER.get(dataset, PAPER["mnist"]), **ours, "dataset": dataset},
-        n=at_least(2),
-        p_random=PROBABILITY,
-        width=at_least(1),
-        epochs=at_least(0),
-        training_sets=at_least(1),
-        learning_rate=POSITIVE,
-        batch_size=at_least(1),
-        test_size=at_least(1),
-    )
-    return chosen._replace(epochs=sorted(set(chosen.epochs)))
-
-
-def configurations(settings: Settings) -> list[dict]:
-    """Every (n, p_random, width), the smallest first."""
-    grid = itertools.product(sorted(settings.n), sorted(settings.p_random), sorted(settings.width))
-    return [dict(n=n, p_random=p, width=width) for n, p, width in grid]
-
-
-def epochs(settings: Settings) -> list[int]:
-    return settings.epochs
-
-
-def work(configuration: dict, settings: Settings) -> float:
-    """Proportional to the time that a configuration takes: forward passes of an example."""
-    return settings.training_sets * sum(_set_work(configuration, settings))
-
-
-def _set_work(configuration, settings) -> tuple[float, float]:
-    """The work of one training set's descent, and of its measurements."""
-    cost = configuration["width"] + 4
-    test_size = settings.test_size or 10_000
-    steps = settings.epochs[-1] - len(settings.epochs) + 1
-    measurement = 6 * configuration["n"] * (1 + settings.unseen) + test_size * (2 + settings.unseen)
-    return cost * 3 * configuration["n"] * max(steps, 0), cost * measurement * len(settings.epochs)
 
 
 def run(configuration: dict, settings: Settings, workbench) -> Iterator[dict]:
@@ -232,7 +127,7 @@ class _State:
         self.rows = json.loads(str(saved["rows"]))
         self.decreases = saved["decreases"]
         self.weights = [saved[k] for k in sorted(saved) if k.startswith("weight")]
-        descent, measurement = _set_work(self.configuration, settings)
+        descent, measurement = set_work(self.configuration, settings)
         together = len(self.rises) * self.epoch / (settings.epochs[-1] + 1)
         progress.skip((self.t + together) * (descent + measurement))
 
@@ -294,7 +189,7 @@ def _descend_together(state, settings, workbench):
     measured_on = [own]
     if settings.unseen:
         measured_on.append(_training_sets(state, settings, workbench.source, unseen=True))
-    descent_work, measurement_work = (size * work for work in _set_work(c, settings))
+    descent_work, measurement_work = (size * work for work in set_work(c, settings))
     steps_planned = max(settings.epochs[-1] - len(settings.epochs) + 1, 1)
     text = ", ".join(f"{k}={v}" for k, v in c.items())
     sets = f"set {state.t + 1}" if size == 1 else f"sets {state.t + 1} to {state.t + size}"

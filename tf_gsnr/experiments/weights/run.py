@@ -30,78 +30,21 @@ import tensorflow as tf
 from tf_gsnr import models
 from tf_gsnr.descent import single
 from tf_gsnr.descent.microbatches import of_data
-from tf_gsnr.experiments.framework.settings import POSITIVE, at_least, complete
 from tf_gsnr.experiments.weights import gradient_change
 from tf_gsnr.experiments.weights.feature_term import feature_terms
+from tf_gsnr.experiments.weights.settings import (
+    MEASUREMENT_WORK,
+    Settings,
+    epochs,
+    term_epochs,
+    term_work,
+    work,
+)
 from tf_gsnr.experiments.weights.statistics import statistics
 from tf_gsnr.gradients import network
 
-GRID = ("repeats",)
-
 CHUNK = 1000  # examples a micro-batch: speed and memory only
 CHECKPOINT_SECONDS = 20
-MEASUREMENT_WORK = 4  # gradients: before, after the whole step, after the steps below
-
-
-class Settings(NamedTuple):
-    """All that the records depend on; marks as in `osgr`."""
-
-    dataset: str = "mnist"  # [text]
-    model: str = "mlp"  # [ours] fully connected, as (26) is
-    n: int = 10_000  # [ours]
-    width: int = 20  # [ours]
-    epochs: int = 200  # [text]
-    every: int = 2  # [ours]
-    term_every: int = 20  # [ours] 0: never
-    learning_rate: float = 0.1  # [ours]
-    batch_size: int | None = None  # [ours] None: all, gradient descent as in (5)
-    repeats: int = 3  # [ours]
-    toy_input_scale: float = 1.0
-    toy_noise_scale: float = 0.01
-    seed: int = 0
-
-
-def settings(**given) -> Settings:
-    """The settings given, completed by the defaults.
-
-    Raises:
-      ValueError: a value that no run can have.
-    """
-    names = ("width", "epochs", "every", "learning_rate", "repeats", "batch_size")
-    defaults = dict(model="toy_mlp", n=200) if given.get("dataset") == "toy" else {}
-    ranges = dict(n=at_least(2), term_every=at_least(0), **dict.fromkeys(names, POSITIVE))
-    chosen = complete(Settings, given, defaults, **ranges)
-    if chosen.term_every % chosen.every:
-        raise ValueError(
-            f"--term_every={chosen.term_every}: expected a multiple of --every={chosen.every}"
-        )
-    return chosen
-
-
-def configurations(settings: Settings) -> list[dict]:
-    """Every seed."""
-    return [dict(seed=settings.seed + k) for k in range(settings.repeats)]
-
-
-def epochs(settings: Settings) -> list[int]:
-    return list(range(0, settings.epochs + 1, settings.every))
-
-
-def work(configuration: dict, settings: Settings) -> float:
-    """Gradients of the training set."""
-    measurements = len(epochs(settings)) * MEASUREMENT_WORK
-    return settings.epochs + measurements + len(_term_epochs(settings)) * _term_work(settings)
-
-
-def _term_epochs(settings):
-    """When (28) is computed."""
-    every = settings.term_every
-    return range(0, settings.epochs + 1, every) if every else range(0)
-
-
-def _term_work(settings):
-    # A backward pass per weight of the upper two layers of the mlp, many at once.
-    return 0.3 * settings.width * (settings.width + 10)
 
 
 def run(configuration: dict, settings: Settings, workbench) -> Iterator[dict]:
@@ -134,10 +77,10 @@ def run(configuration: dict, settings: Settings, workbench) -> Iterator[dict]:
             )
         progress.advance(MEASUREMENT_WORK, f"seed={seed} | epoch {epoch}")
         layers = _columns(network.kernels, changes)
-        if epoch in _term_epochs(settings):
+        if epoch in term_epochs(settings):
             for layer, terms in network.terms.items():
                 layers[layer] |= tf.nest.map_structure(np.asarray, terms(chunks))._asdict()
-            progress.advance(_term_work(settings), f"seed={seed} | epoch {epoch}")
+            progress.advance(term_work(settings), f"seed={seed} | epoch {epoch}")
         yield {
             "experiment": "weights",
             "dataset": settings.dataset,

@@ -1,0 +1,57 @@
+"""The settings of `freezing`, and the configurations that they make."""
+
+from __future__ import annotations
+
+from typing import Annotated, NamedTuple
+
+from tf_gsnr.experiments.framework.settings import POSITIVE, Setting, at_least, complete
+
+GRID = ("repeats",)
+
+
+class Settings(NamedTuple):
+    """All that the records depend on; marks as in `osgr`."""
+
+    dataset: str = "toy"
+    n: int = 200  # [text]
+    test_size: Annotated[int, Setting("Test examples.", at_least(2))] = 10_000  # [text]
+    width: int = 20  # [text]
+    steps: Annotated[int, Setting("Steps of gradient descent.", at_least(1))] = 1000  # [ours]
+    every: Annotated[
+        int, Setting("Steps between two measurements.", at_least(1), "every_steps", before="every")
+    ] = 10  # [ours]
+    learning_rate: float = 0.1  # [ours]
+    # [ours] it decides the result: see the flagfile.
+    initial_scale: Annotated[
+        float, Setting("Standard deviation of the initial weights.", POSITIVE)
+    ] = 0.05
+    repeats: int = 6  # [ours]
+    toy_input_scale: float = 1.0
+    toy_noise_scale: float = 0.01
+    seed: int = 0
+
+
+def settings(**given) -> Settings:
+    """The settings given, completed by the defaults.
+
+    Raises:
+      ValueError: a value that no run can have.
+    """
+    chosen = complete(Settings, given)
+    if chosen.dataset != "toy":
+        raise ValueError(f"--dataset={chosen.dataset}: freezing runs on toy data")
+    return chosen
+
+
+def configurations(settings: Settings) -> list[dict]:
+    """Every seed, whole and frozen."""
+    seeds = range(settings.seed, settings.seed + settings.repeats)
+    return [dict(seed=seed, frozen=frozen) for seed in seeds for frozen in (False, True)]
+
+
+def epochs(settings: Settings) -> list[int]:
+    return list(range(0, settings.steps + 1, settings.every))
+
+
+def work(configuration: dict, settings: Settings) -> float:
+    return float(settings.steps)
