@@ -8,6 +8,19 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 import pytest  # noqa: E402
 
+# The files that take most of the time; `make test-fast` leaves them out.
+SLOW = """
+callback data devices distributed dynamics ensemble equality gap keras_hub large_layers layerwise
+lifecycle measuring_your_model model osgr osgr_cifar random_compositions recurrent report sample
+situations situations_moments sums threads trust
+""".split()
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.path.stem in {f"test_{name}" for name in SLOW}:
+            item.add_marker(pytest.mark.slow)
+
 
 @pytest.fixture(scope="session")
 def tfds_dir():

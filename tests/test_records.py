@@ -73,3 +73,46 @@ def test_checkpoint(tmp_path):
 def test_records_and_plots_open_without_tensorflow():
     code = "import sys, tf_gsnr.plots, tf_gsnr.records; sys.exit('tensorflow' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_checkpoint_is_what_was_saved(tmp_path):
+    directory = RunDirectory(tmp_path / "run", {})
+    state = {
+        "of": {"n": 5, "p": 0.5},
+        "rows": [[{"a": 1.5, "b": math.nan}], []],
+        "weights": [np.eye(2, dtype="float32"), np.zeros(3)],
+        "rises": np.arange(3),
+        "epoch": np.int64(7),
+    }
+    directory.save_checkpoint(state)
+    found = directory.load_checkpoint()
+    assert found.keys() == state.keys() and found["of"] == state["of"] and found["epoch"] == 7
+    assert math.isnan(found["rows"][0][0]["b"]) and found["rows"][1] == []
+    np.testing.assert_array_equal(found["rises"], state["rises"])
+    for a, b in zip(found["weights"], state["weights"], strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "text", "flipped", "pickled", "of before"])
+def test_a_damaged_checkpoint_costs_time_only(tmp_path, capsys, damage):
+    directory = RunDirectory(tmp_path / "run", {})
+    directory.save_checkpoint({"epoch": 3, "weights": [np.ones(1000)]})
+    file = directory.path / "checkpoint.npz"
+    content = file.read_bytes()
+    middle = len(content) // 2
+    if damage == "cut":
+        file.write_bytes(content[:middle])
+    elif damage == "empty":
+        file.write_bytes(b"")
+    elif damage == "text":
+        file.write_bytes(b"not a checkpoint")
+    elif damage == "flipped":
+        file.write_bytes(content[:middle] + bytes([content[middle] ^ 255]) + content[middle + 1 :])
+    elif damage == "pickled":
+        np.savez(file, values=np.array([{"a": 1}], object))
+    else:
+        np.savez(file, epoch=3, weight000=np.ones(3))
+    assert directory.load_checkpoint() == {}
+    assert "checkpoint.damaged.npz" in capsys.readouterr().err
+    assert not file.exists() and directory.load_checkpoint() == {}

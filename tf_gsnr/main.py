@@ -15,9 +15,7 @@ flagfile's. What is not given is the paper's value for the data set.
 from __future__ import annotations
 
 import os
-import platform
 import sys
-import time
 from pathlib import Path
 
 # Convolutions on a CPU are several times faster with oneDNN, which TensorFlow turns on by itself
@@ -27,7 +25,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 from absl import app, flags, logging  # noqa: E402
 
-from tf_gsnr import __version__, experiments, plots, progress, records  # noqa: E402
+from tf_gsnr import environment, experiments, plots, progress, records  # noqa: E402
 from tf_gsnr.experiments.framework.settings import fields  # noqa: E402
 
 FLAGS = flags.FLAGS
@@ -227,40 +225,13 @@ def _strategy(experiment):
 
 
 def _environment(engine, jit_compile):
-    import keras
-    import numpy
-    import tensorflow as tf
-
-    devices = [
-        tf.config.experimental.get_device_details(d).get("device_name", d.device_type)
-        for d in tf.config.list_physical_devices()
-    ]
     return {
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "flags": {f.name: f.value for f in FLAGS.get_key_flags_for_module(sys.modules[__name__])},
-        "versions": {
-            "tf_gsnr": __version__,
-            "tensorflow": tf.__version__,
-            "keras": keras.__version__,
-            "numpy": numpy.__version__,
-            "python": platform.python_version(),
-        },
-        "devices": devices,
-        "processor": _processor(),
-        "cpus": os.cpu_count(),
+        **environment.found(),
         "engine": engine,
         "jit_compile": jit_compile,
-        "started": time.strftime("%Y-%m-%d %H:%M:%S"),
     }
-
-
-def _processor():
-    """The processor's name, as Linux tells it, or its architecture."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def _name(dataset):

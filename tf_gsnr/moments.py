@@ -102,21 +102,15 @@ class Moments(NamedTuple):
 
         Associative and commutative up to rounding; `Moments.empty` is neutral.
         """
-        n = self.count + other.count
-        share = _float64(other.count) / _float64(n + _float_free(n == 0, n))  # 0 / 1 if both empty
-
-        def mean_of(a, b):
-            return a + (b - a) * arrays.like(a, share)
-
-        def m2_of(mean_a, m2_a, mean_b, m2_b):
-            weight = arrays.like(m2_a, _float64(self.count) * share)
-            return m2_a + m2_b + (mean_b - mean_a) ** 2 * weight
-
+        counts = self.count, other.count
+        pairs = zip(zip(self.mean, self.m2), zip(other.mean, other.m2))
+        merged = [pairwise(counts, *pair) for pair in pairs]
+        loss, _ = pairwise(counts, (self.loss, 0 * self.loss), (other.loss, 0 * other.loss))
         return Moments(
-            n,
-            mean_of(self.loss, other.loss),
-            [mean_of(a, b) for a, b in zip(self.mean, other.mean)],
-            [m2_of(*terms) for terms in zip(self.mean, self.m2, other.mean, other.m2)],
+            self.count + other.count,
+            loss,
+            [mean for mean, _ in merged],
+            [m2 for _, m2 in merged],
             [a + b for a, b in zip(self.positives, other.positives)],
             [a + b for a, b in zip(self.negatives, other.negatives)],
         )
@@ -141,6 +135,17 @@ class Moments(NamedTuple):
         return tf.nest.map_structure(
             lambda v: np.array(v) if tf.is_tensor(v) else np.asarray(v), self
         )
+
+
+def pairwise(counts, a, b) -> tuple:
+    """`(mean, m2)` of two sets of these counts together, from `(mean, m2)` of each; see `merge`."""
+    n_a, n_b = counts
+    n = n_a + n_b
+    share = _float64(n_b) / _float64(n + _float_free(n == 0, n))  # 0 / 1 if both are empty
+    (mean_a, m2_a), (mean_b, m2_b) = a, b
+    delta = mean_b - mean_a
+    weight = arrays.like(m2_a, _float64(n_a) * share)
+    return mean_a + delta * arrays.like(mean_a, share), m2_a + m2_b + delta**2 * weight
 
 
 def _float64(value):

@@ -19,8 +19,11 @@ import math
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+
+from tf_gsnr import progress
 
 
 class RunDirectory:
@@ -119,19 +122,51 @@ class RunDirectory:
         text = json.dumps(_jsonable(value), indent=2) + "\n"
         _replace(self.path / name, text.encode())
 
-    def save_checkpoint(self, arrays: dict):
-        """Replaces the checkpoint by these named arrays."""
+    def save_checkpoint(self, state: dict):
+        """Replaces the checkpoint by this state: arrays, lists of arrays, and values of JSON."""
+        arrays: dict[str, Any] = {}
+        rest = {}
+        for name, value in state.items():
+            if isinstance(value, np.ndarray):
+                arrays[name] = value
+            elif isinstance(value, list) and value and isinstance(value[0], np.ndarray):
+                arrays |= {f"{name}[{i:06d}]": v for i, v in enumerate(value)}
+            else:
+                rest[name] = value
+        arrays[_REST] = np.array(json.dumps(rest, default=lambda v: v.item()))
         partial = self.path / "checkpoint.partial.npz"
         np.savez(partial, **arrays)
+        _sync(partial)
         os.replace(partial, self.path / "checkpoint.npz")
 
     def load_checkpoint(self) -> dict:
-        """The arrays last saved; empty if there are none."""
+        """The state last saved; empty if there is none.
+
+        One that cannot be read costs time only: it is said, set aside, and the configuration in
+        progress begins anew.
+        """
         file = self.path / "checkpoint.npz"
         if not file.exists():
             return {}
-        with np.load(file, allow_pickle=False) as arrays:
-            return dict(arrays)
+        try:
+            with np.load(file, allow_pickle=False) as saved:
+                arrays = dict(saved)
+            state = json.loads(str(arrays.pop(_REST)))
+            for name in sorted(arrays):
+                of_list = name.partition("[")[0]
+                if of_list == name:
+                    state[name] = arrays[name]
+                else:
+                    state.setdefault(of_list, []).append(arrays[name])
+            return state
+        except Exception as error:  # whatever a damaged file makes of numpy, zip and JSON
+            aside = file.with_name("checkpoint.damaged.npz")
+            os.replace(file, aside)
+            progress.say(
+                f"{file} cannot be read ({type(error).__name__}): it is {aside.name} now, and the "
+                "configuration in progress begins anew"
+            )
+            return {}
 
     def clear_checkpoint(self):
         (self.path / "checkpoint.npz").unlink(missing_ok=True)
@@ -170,10 +205,20 @@ def read_records(path) -> list[dict]:
     ]
 
 
+_REST = "values"  # of a checkpoint, what is no array
+
+
 def _replace(file: Path, content: bytes):
     partial = file.with_name(file.name + ".partial")
     partial.write_bytes(content)
+    _sync(partial)
     os.replace(partial, file)
+
+
+def _sync(file: Path):
+    """Has it on the disk, so that what takes another's place by renaming is whole."""
+    with open(file, "rb") as opened:
+        os.fsync(opened.fileno())
 
 
 def _jsonable(value):

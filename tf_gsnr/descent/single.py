@@ -170,7 +170,7 @@ def build_replicas(
         return moments.mean, [dict(noise=noise, signal=signal) for noise, signal in sums(moments)]
 
     def normalized_terms(weights, own, moments, seeds):
-        gradient, noise = normalized_sums((list(weights), *own[:2], tf.constant(seeds)), (own[2],))
+        gradient, noise = of(normalized_sums)(weights, own, tf.constant(seeds))
         terms = [
             dict(
                 noise=float(noise[r]),
@@ -182,18 +182,29 @@ def build_replicas(
         ]
         return gradient, terms
 
+    def of(function):
+        """As functions of the weights and of micro-batches `(x, y, valid)` are called."""
+
+        def called(weights, own, *more, shared=()):
+            x, y, valid = own
+            return function((list(weights), x, y, *more), (valid, *shared))
+
+        return called
+
+    def descended(weights, own, steps, last_loss):
+        return of(descend)(weights, own, last_loss, shared=(steps,))
+
+    def losses_of(weights, data):
+        return losses((list(weights),), tuple(data))
+
     return Replicas(
-        lambda weights, own, steps, last_loss: descend(
-            (list(weights), *own[:2], last_loss), (own[2], steps)
-        ),
-        (lambda weights, own: recalibrate((list(weights), *own[:2]), (own[2],)))
-        if normalized
-        else (lambda weights, own: weights),
-        lambda weights, own: moments((list(weights), *own[:2]), (own[2],)),
-        normalized_terms if normalized else plain_terms,
-        step,
-        lambda weights, own: mean_loss((list(weights), *own[:2]), (own[2],)),
-        lambda weights, data: losses((list(weights),), tuple(data)),
+        descend=descended,
+        recalibrate=of(recalibrate) if normalized else lambda weights, own: weights,
+        moments=of(moments),
+        terms=normalized_terms if normalized else plain_terms,
+        step=step,
+        loss=of(mean_loss),
+        losses=losses_of,
     )
 
 

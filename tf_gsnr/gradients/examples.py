@@ -17,14 +17,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-
-def check_batch_size(batch_size):
-    if (
-        isinstance(batch_size, bool)
-        or not isinstance(batch_size, (int, np.integer))
-        or batch_size < 1
-    ):
-        raise ValueError(f"batch_size={batch_size!r}: expected a positive integer")
+from tf_gsnr import checks
 
 
 def stack_microbatches(x, y, batch_size: int):
@@ -65,7 +58,7 @@ def micro_batches(
     Raises:
       ValueError: data that do not fit together, have no end, no axis of examples or no example.
     """
-    check_batch_size(batch_size)
+    checks.positive_integer("batch_size", batch_size)
     dtype = None if is_stream(x) else keras.config.floatx()
     return _cut(_batches(x, y, sample_weight, batch_size), batch_size, fill, size, dtype)
 
@@ -79,7 +72,7 @@ def windows(x, y, sample_weight, batch_size: int, size: int | None = None) -> It
     Then x, y and sample_weight have `k batch` rows, filled up to whole micro-batches, and `valid`
     is `[k, batch]`.
     """
-    check_batch_size(batch_size)
+    checks.positive_integer("batch_size", batch_size)
     dtype = None if is_stream(x) else keras.config.floatx()
     if not is_stream(x):
         x, y, sample_weight = _checked(x, y, sample_weight)

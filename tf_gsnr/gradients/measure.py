@@ -15,6 +15,7 @@ import keras
 import tensorflow as tf
 from absl import logging
 
+from tf_gsnr import checks
 from tf_gsnr.gradients import (
     conservation,
     distributed,
@@ -129,7 +130,16 @@ def gradient_moments(
     (100, [(3, 1), (1,)])
     """
     engines.check_name(engine)
-    examples.check_batch_size(batch_size)
+    checks.positive_integer("batch_size", batch_size)
+    for name, value in (
+        ("sign_counts", sign_counts),
+        ("training", training),
+        ("contributions", contributions),
+        ("recalibrate", recalibrate),
+    ):
+        checks.boolean(name, value)
+    if seed is not None:
+        checks.integer("seed", seed)
     network.check(model)
     onednn.warn_if_off(model)
     network.check_batch_norm(batch_norm)

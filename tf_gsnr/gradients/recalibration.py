@@ -18,6 +18,7 @@ import tensorflow as tf
 
 from tf_gsnr import keras_internals
 from tf_gsnr.gradients import network
+from tf_gsnr.moments import pairwise
 
 
 @contextlib.contextmanager
@@ -130,11 +131,12 @@ def _statistics(model, layer, batches):
             model(x, training=False)
         return found
 
-    total = (0.0, 0.0, 0.0)
+    count, total = 0, (np.float64(0), np.float64(0))
     for x, _, _, valid in batches:
-        for part in of_batch(x, valid):
-            total = _merge(total, [np.asarray(v) for v in part])
-    count, mean, m2 = total
+        for n, *part in of_batch(x, valid):
+            n, part = float(n), [np.asarray(v) for v in part]
+            count, total = count + n, pairwise((count, n), total, part)
+    mean, m2 = total
     return mean, m2 / count
 
 
@@ -148,14 +150,6 @@ def _moments(inputs, axis, valid):
     mean = tf.reduce_mean(rows, axes, keepdims=True)
     m2 = tf.reduce_sum(tf.square(rows - mean), axes)
     return count, tf.reshape(mean, [-1]), m2
-
-
-def _merge(a, b):
-    """Chan, Golub and LeVeque's pairwise formula."""
-    count = a[0] + b[0]
-    delta = b[1] - a[1]
-    mean = a[1] + delta * (b[0] / count)
-    return count, mean, a[2] + b[2] + delta**2 * (a[0] * b[0] / count)
 
 
 def averaged_statistics(model: keras.Model) -> Callable:

@@ -8,16 +8,7 @@ matplotlib.use("Agg")  # files, no window
 import matplotlib.pyplot as plt  # noqa: E402
 import numpy as np  # noqa: E402
 
-__all__ = ["by", "column", "curves", "draw_mean", "over_seeds", "pearson", "plt"]
-
-
-def pearson(x, y) -> float:
-    """Pearson correlation; NaN with fewer than three finite pairs."""
-    x, y = np.asarray(x, float), np.asarray(y, float)
-    finite = np.isfinite(x) & np.isfinite(y)
-    if finite.sum() < 3:
-        return float("nan")
-    return float(np.corrcoef(x[finite], y[finite])[0, 1])
+__all__ = ["by", "column", "curves", "draw_mean", "over_seeds", "plt"]
 
 
 def by(records, name) -> dict:

@@ -6,14 +6,12 @@ What it measures is in `probe.py`, when in `schedule.py`.
 from __future__ import annotations
 
 import math
-import platform
 
 import keras
 import tensorflow as tf
 from absl import logging
 
-import tf_gsnr
-from tf_gsnr import metrics, shown
+from tf_gsnr import checks, environment, metrics, shown
 from tf_gsnr.gradients import engines, losses, measure
 from tf_gsnr.gradients import examples as data
 from tf_gsnr.records import RunDirectory
@@ -125,6 +123,11 @@ class GSNRCallback(keras.callbacks.Callback):
             every_epochs, every_steps, schedule
         )
         engines.check_name(engine)
+        checks.positive_integer("batch_size", batch_size)
+        if examples is not None:
+            checks.positive_integer("examples", examples)
+        for name, value in (("per_layer", per_layer), ("sign_counts", sign_counts)):
+            checks.boolean(name, value)
         self._options = dict(
             loss=loss,
             sample_weight=sample_weight,
@@ -167,7 +170,7 @@ class GSNRCallback(keras.callbacks.Callback):
             self._directory = RunDirectory(
                 self._run_dir, self._settings(), overwrite=self._overwrite
             )
-            self._directory.write_config(_environment())
+            self._directory.write_config(environment.found())
         if self._log_dir is not None and self._writer is None:
             self._writer = tensorboard.open_writer(self._log_dir)
 
@@ -323,8 +326,8 @@ def _cadence(every_epochs, every_steps, due):
     if len(given) > 1:
         raise ValueError("give one of every_epochs, every_steps and schedule, not several")
     for name, value in (("every_epochs", every_epochs), ("every_steps", every_steps)):
-        if value is not None and (isinstance(value, bool) or value != int(value) or value < 1):
-            raise ValueError(f"{name}={value!r}: expected a positive integer")
+        if value is not None:
+            checks.positive_integer(name, value)
     if due is not None:
         if not callable(due):
             raise ValueError(
@@ -340,16 +343,3 @@ def _cadence(every_epochs, every_steps, due):
 
 def _never(_):
     return False
-
-
-def _environment():
-    devices = [device.device_type for device in tf.config.list_logical_devices()]
-    return {
-        "versions": {
-            "tf_gsnr": tf_gsnr.__version__,
-            "tensorflow": tf.__version__,
-            "keras": keras.__version__,
-            "python": platform.python_version(),
-        },
-        "devices": devices,
-    }

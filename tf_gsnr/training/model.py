@@ -16,7 +16,7 @@ import numpy as np
 import tensorflow as tf
 from absl import logging
 
-from tf_gsnr import keras_internals
+from tf_gsnr import checks, keras_internals
 from tf_gsnr.gradients import distributed, engines, examples, network, onednn
 from tf_gsnr.shown import needed
 from tf_gsnr.training import gap, plan, step
@@ -433,23 +433,20 @@ def _check(model, engine, measure_every, pool, shown, examples, sample):
             f"engine={engine!r}: the reference engine runs each example alone and so never trains; "
             "expected engine='layerwise' or 'auto'. GSNRCallback and gradient_moments take it"
         )
-    if isinstance(measure_every, bool) or not isinstance(measure_every, (int, np.integer)):
-        raise ValueError(f"measure_every={measure_every!r}: expected a positive integer")
-    if measure_every < 1:
-        raise ValueError(
-            f"measure_every={measure_every}: expected a positive integer, 1 for every step; to "
-            "measure nothing, train the model without GSNRModel"
-        )
+    checks.positive_integer(
+        "measure_every",
+        measure_every,
+        ", 1 for every step; to measure nothing, train the model without GSNRModel",
+    )
     if pool not in POOLS:
         raise ValueError(f"unknown pool {pool!r}; available: {', '.join(POOLS)}")
     unknown = [name for name in shown if name not in SHOWN]
     if unknown or not shown:
         raise ValueError(f"shown: unknown {unknown}; available: {', '.join(SHOWN)}")
-    if examples is not None and examples < 1:
-        raise ValueError(f"examples={examples}: expected the number of training examples")
-    whole = isinstance(sample, (int, np.integer)) and not isinstance(sample, bool) and sample > 0
-    if sample is not None and not whole:
-        raise ValueError(f"sample={sample!r}: expected a number of parameters, or None for all")
+    if examples is not None:
+        checks.positive_integer("examples", examples, ", the number of training examples")
+    if sample is not None:
+        checks.positive_integer("sample", sample, ", a number of parameters, or None for all")
 
 
 def _length(given) -> int:

@@ -9,6 +9,8 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+from tf_gsnr import checks
+
 
 @dataclass(frozen=True)
 class Schedule:
@@ -27,7 +29,7 @@ def linear(every: int, start: int = 0) -> Schedule:
     >>> [step for step in range(10) if linear(3, start=1)(step)]
     [1, 4, 7]
     """
-    _check_positive("every", every)
+    checks.positive_integer("every", every)
     return Schedule(
         f"linear({every}, start={start})",
         lambda step: step >= start and (step - start) % every == 0,
@@ -40,7 +42,7 @@ def logarithmic(per_decade: int = 10) -> Schedule:
     >>> [step for step in range(120) if logarithmic(3)(step)]
     [0, 1, 2, 5, 10, 22, 46, 100]
     """
-    _check_positive("per_decade", per_decade)
+    checks.positive_integer("per_decade", per_decade)
 
     def due(step):
         if step < 1:
@@ -62,8 +64,3 @@ def listed(steps: Iterable[int]) -> Schedule:
     if bad or not known:
         raise ValueError(f"steps={sorted(known)}: expected integers from 0 on, at least one")
     return Schedule(f"listed({sorted(known)})", lambda step: step in known)
-
-
-def _check_positive(name, value):
-    if isinstance(value, bool) or value != int(value) or value < 1:
-        raise ValueError(f"{name}={value!r}: expected a positive integer")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from tf_gsnr.experiments.framework.statistics import pearson
 from tf_gsnr.plots.claims import Claim, beyond, verdict, with_error
 from tf_gsnr.plots.style import by, column, curves, draw_mean, over_seeds, plt
 
@@ -203,4 +204,4 @@ def _late(values):
 
 def _spearman(x, y):
     ranks = [np.argsort(np.argsort(v)) for v in (x, y)]
-    return float(np.corrcoef(*ranks)[0, 1]) if len(x) > 2 else float("nan")
+    return pearson(*ranks)

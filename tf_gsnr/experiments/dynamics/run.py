@@ -13,7 +13,6 @@ whole set take a pass per layer: for the twenty of ResNet18 more time than the e
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -180,11 +179,10 @@ def _build(name, settings, workbench):
 def _restore(model, configuration, settings, workbench):
     """The next epoch and the seconds so far; the weights are the checkpoint's, or the seed's."""
     saved = workbench.directory.load_checkpoint()
-    if saved and json.loads(str(saved["configuration"])) == configuration:
-        model.set_weights([saved[k] for k in sorted(saved) if k.startswith("weight")])
-        epoch = int(saved["epoch"])
-        workbench.progress.skip(work_until(epoch, settings))
-        return epoch + 1, float(saved["seconds"])
+    if saved.get("of") == configuration:
+        model.set_weights(saved["weights"])
+        workbench.progress.skip(work_until(saved["epoch"], settings))
+        return saved["epoch"] + 1, saved["seconds"]
     source, name, seed = workbench.source, configuration["model"], configuration["seed"]
     fresh = models.build(name, source.input_shape, source.outputs, settings.width, seed)
     last = fresh.layers[-1]
@@ -196,9 +194,9 @@ def _restore(model, configuration, settings, workbench):
 def _save(model, configuration, epoch, seconds, workbench):
     workbench.directory.save_checkpoint(
         {
-            "configuration": np.array(json.dumps(configuration)),
-            "epoch": np.array(epoch),
-            "seconds": np.array(seconds),
-            **{f"weight{i:04d}": w for i, w in enumerate(model.get_weights())},
+            "of": configuration,
+            "epoch": epoch,
+            "seconds": seconds,
+            "weights": model.get_weights(),
         }
     )

@@ -19,8 +19,8 @@ import tensorflow as tf
 from tf_gsnr import arrays, metrics, models
 from tf_gsnr.descent import single
 from tf_gsnr.descent.microbatches import of_data
+from tf_gsnr.experiments.framework.statistics import pearson
 from tf_gsnr.experiments.freezing.settings import Settings, epochs
-from tf_gsnr.experiments.weights.statistics import correlation
 
 
 def run(configuration: dict, settings: Settings, workbench) -> Iterator[dict]:
@@ -88,4 +88,4 @@ def _correlations(model, data):
     """Pearson correlation of each hidden feature with the target; NaN for a dead one."""
     hidden = model.get_layer("hidden")(data[0]).numpy().astype(float)
     y = data[1][:, 0].astype(float)
-    return [correlation(feature, y) for feature in hidden.T]
+    return [pearson(feature, y) for feature in hidden.T]

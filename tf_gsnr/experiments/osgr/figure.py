@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
+from tf_gsnr.experiments.framework.statistics import pearson
 from tf_gsnr.plots.claims import Claim, verdict
-from tf_gsnr.plots.style import by, column, pearson, plt
+from tf_gsnr.plots.style import by, column, plt
 
 MARKERS = "osD^vP*X"
 FIGURES = {"mnist": "figure 4", "cifar10": "figure 9", "toy": "figure 11"}

@@ -19,7 +19,6 @@ iteration), i test example.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator
 
@@ -101,32 +100,29 @@ class _State:
         p = round(c["p_random"] * 1e6)
         return np.random.default_rng([settings.seed, c["n"], p, c["width"], stream])
 
-    def _key(self, settings):
-        return json.dumps([self.configuration, settings.epochs])
-
     def save(self, settings):
         self.saved = self.clock()
         self.directory.save_checkpoint(
             {
-                "key": np.array(self._key(settings)),
-                "place": np.array([self.t, self.epoch]),
+                "of": [self.configuration, settings.epochs],
+                "place": [self.t, self.epoch],
                 "rises": self.rises,
-                "last_loss": self.last_loss,
-                "rows": np.array(json.dumps(self.rows)),
+                "last_loss": np.asarray(self.last_loss),
+                "rows": self.rows,
                 "decreases": self.decreases,
-                **{f"weight{i:03d}": w for i, w in enumerate(self.weights)},
+                "weights": [np.asarray(w) for w in self.weights],
             }
         )
 
     def _restore(self, settings, progress):
         saved = self.directory.load_checkpoint()
-        if not saved or str(saved["key"]) != self._key(settings):
+        if not saved or saved.get("of") != [self.configuration, settings.epochs]:
             return
-        self.t, self.epoch = map(int, saved["place"])
+        self.t, self.epoch = saved["place"]
         self.rises, self.last_loss = saved["rises"], saved["last_loss"]
-        self.rows = json.loads(str(saved["rows"]))
-        self.decreases = saved["decreases"]
-        self.weights = [saved[k] for k in sorted(saved) if k.startswith("weight")]
+        self.rows, self.decreases, self.weights = (
+            saved[k] for k in ("rows", "decreases", "weights")
+        )
         descent, measurement = set_work(self.configuration, settings)
         together = len(self.rises) * self.epoch / (settings.epochs[-1] + 1)
         progress.skip((self.t + together) * (descent + measurement))

@@ -193,16 +193,16 @@ def initial(settings: Settings, source, seed: int) -> keras.Model:
 def _start(seed, network, settings, workbench) -> int:
     """Sets the weights, the initial ones or those of the checkpoint, and returns their epoch."""
     saved = workbench.directory.load_checkpoint() if workbench.directory else {}
-    if saved and int(saved["seed"]) == seed:
-        network.model.set_weights([saved[k] for k in sorted(saved) if k.startswith("weight")])
-        return int(saved["epoch"])
+    if saved.get("of") == {"seed": seed}:
+        network.model.set_weights(saved["weights"])
+        return saved["epoch"]
     network.model.set_weights(initial(settings, workbench.source, seed).get_weights())
     return 0
 
 
 def _save(seed, epoch, network, workbench):
-    weights = {f"weight{k:03d}": w for k, w in enumerate(network.model.get_weights())}
-    workbench.directory.save_checkpoint({"seed": seed, "epoch": epoch, **weights})
+    weights = network.model.get_weights()
+    workbench.directory.save_checkpoint({"of": {"seed": seed}, "epoch": epoch, "weights": weights})
 
 
 def _batches(data, chunks, batch_size, stream):

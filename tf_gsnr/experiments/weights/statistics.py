@@ -15,6 +15,8 @@ import math
 
 import numpy as np
 
+from tf_gsnr.experiments.framework.statistics import pearson
+
 TOP = 0.1  # [text] the share of weights with the largest |W|
 PARTS = ("own_weight", "other_weights", "errors")
 
@@ -62,13 +64,6 @@ def statistics(layers: dict[str, dict]) -> dict:
     return found | {"dead": sum(np.size(columns["w"]) for columns in layers.values()) - kept}
 
 
-def correlation(x, y) -> float:
-    """Pearson's correlation; NaN with fewer than three pairs, or where one does not vary."""
-    if len(x) < 3:
-        return math.nan
-    return _ratio(_covariance(x, y), np.std(x) * np.std(y))
-
-
 def _alive(columns):
     has_gradient = np.asarray(columns["g"]).ravel() != 0
     return {k: np.asarray(v, float).ravel()[has_gradient] for k, v in columns.items()}
@@ -83,10 +78,10 @@ def _of_weights(c):
     found = {
         "opposite": _ratio(np.sum(c["w"] * c["g"] < 0), len(c["w"])),
         "growth": _ratio(c["whole"] @ c["g"], c["g"] @ c["g"]),
-        "correlation_whole": correlation(c["w"], c["whole"]),
+        "correlation_whole": pearson(c["w"], c["whole"]),
     }
     if "below" in c:
-        found["correlation_below"] = correlation(c["w"], c["below"])
+        found["correlation_below"] = pearson(c["w"], c["below"])
     if PARTS[0] in c:
         change, own = c["below"], c[PARTS[0]]
         parts = {part: c[part] for part in PARTS}
@@ -95,7 +90,7 @@ def _of_weights(c):
         for part, values in parts.items():
             found[f"contribution/{part}"] = _ratio(_covariance(c["w"], values), scale)
             found[f"explained/{part}"] = _ratio(values @ change, change @ change)
-        found["term_correlation"] = correlation(own, change)
+        found["term_correlation"] = pearson(own, change)
         found["term_same_sign"] = _ratio(np.sum(own * change > 0), len(own))
     return found
 
