@@ -12,7 +12,7 @@ import random_compositions
 import side_by_side
 
 FIRST = int(os.environ.get("RANDOM_COMPOSITIONS_FROM", 0))
-SEEDS = range(FIRST, FIRST + int(os.environ.get("RANDOM_COMPOSITIONS", 25)))
+SEEDS = range(FIRST, FIRST + int(os.environ.get("RANDOM_COMPOSITIONS", 12)))
 
 
 @pytest.mark.parametrize("seed", SEEDS)
