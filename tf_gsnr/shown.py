@@ -11,8 +11,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tf_gsnr import arrays
-
 
 class Sums(NamedTuple):
     """What `fit` has added up, when it is read; scalar tensors.
@@ -57,12 +55,11 @@ class Number(NamedTuple):
     in_records: str | None = None
 
 
-def _told_ratio(s: Sums, numerator, denominator):
-    return arrays.choose(s.told, arrays.divide(numerator, denominator, np.nan), np.nan)
+def _ratio(numerator, denominator, told=True):
+    """NaN where it cannot be told, or the denominator is zero."""
+    from tf_gsnr import arrays  # with TensorFlow, which a page about a run needs not
 
-
-def _osgr(s: Sums):
-    return _told_ratio(s, s.signal, s.signal + arrays.divide(s.noise, s.examples, np.nan))
+    return arrays.choose(told, arrays.divide(numerator, denominator, np.nan), np.nan)
 
 
 NUMBERS = {
@@ -91,14 +88,14 @@ NUMBERS = {
         "the chance that the gradients of two examples have the same sign, mean over parameters",
         "0.5 is a coin's; where it rises examples agree, where it nears 0.5 each goes its own way",
         ("signs",),
-        lambda s: arrays.divide(s.agreeing, s.pairs, np.nan),
+        lambda s: _ratio(s.agreeing, s.pairs),
         "same_sign/mean",
     ),
     "noise_scale": Number(
         "tr(Sigma) / |G|^2, in examples: the batch size at which noise and gradient are as large",
         "with batches far below it, larger batches still pay; far above it, they do not",
         (),
-        lambda s: _told_ratio(s, s.noise, s.signal),
+        lambda s: _ratio(s.noise, s.signal, s.told),
         "noise_scale",
     ),
     "osgr": Number(
@@ -106,7 +103,7 @@ NUMBERS = {
         "predicted from gradients (19)",
         "near 1 at first; where it falls, more training data help, and so may stopping",
         (),
-        _osgr,
+        lambda s: _ratio(s.signal, s.signal + _ratio(s.noise, s.examples), s.told),
         "osgr_predicted",
     ),
     "gap_growth": Number(
@@ -115,7 +112,7 @@ NUMBERS = {
         "a rate to first order: what later steps undo is not taken off, so it is too large in "
         "the end, by several times",
         ("optimizer",),
-        lambda s: arrays.divide(s.gap, s.examples, np.nan),
+        lambda s: _ratio(s.gap, s.examples),
     ),
     "dead": Number(
         "how many parameters have no variance: no example moves them otherwise than others",
