@@ -7,10 +7,11 @@ the losses of 10,000 test images twice, those of the training set once, all numb
 against an epoch of plain gradient descent with the same batches and nothing else, its loop in the
 graph. Of a measurement, two forward passes of the test images (before the step and after it) cost
 as much whatever n is: the last column is what they alone add to the 20 epochs. The experiment's own
-descent takes less than the plain one where there are several chunks: two are in work at a time.
+descent takes less than the plain one where there are several micro-batches: two are in work at
+a time.
 
 replicas: a step of one of the M = 100 models on toy data, trained
-  together  as one program (`descent.build_replicas`)
+  together  as one program (`descent.build_ensemble`)
   in turn   in a Python loop over the models, each with its loop over the steps in the graph
   step by step  in a Python loop over the models and over the steps, a compiled step a call, as in a
             plain script
@@ -49,7 +50,7 @@ EVERY = 20
 INFINITY = tf.constant(np.inf, tf.float64)
 
 
-def chunks_of(x, y, batch=500):
+def microbatches_of(x, y, batch=500):
     return microbatches.of_data(x, y, batch)
 
 
@@ -61,10 +62,10 @@ def osgr_epochs(n, width):
 
     def images(n):
         x = rng.uniform(size=[n, 28, 28, 1]).astype("float32")
-        return chunks_of(x, rng.integers(0, 10, n))
+        return microbatches_of(x, rng.integers(0, 10, n))
 
     train, test = images(n), images(10_000)
-    functions = single.build_replicas(model, loss, 1e-3, 1)
+    functions = single.build_ensemble(model, loss, 1e-3, 1)
     start = [w[None] for w in model.get_weights()]
     own = train[0][None], train[1][None], train[2]
 
@@ -78,10 +79,10 @@ def osgr_epochs(n, width):
     return experiment, plain_descent(model, loss, train), test_passes
 
 
-def plain_descent(model, loss, chunks):
+def plain_descent(model, loss, microbatches):
     """EVERY epochs of gradient descent and nothing else, as one would write it down."""
     loss_fn, variables = per_example(loss), model.trainable_variables
-    x, y, _ = chunks
+    x, y, _ = microbatches
 
     @tf.function(autograph=False)
     def epochs():
@@ -90,12 +91,12 @@ def plain_descent(model, loss, chunks):
                 total = tf.reduce_sum(loss_fn(y[i], model(x[i], training=False)))
             return tape.gradient(total, [v.value for v in variables])
 
-        def chunk(i, *total):
+        def microbatch(i, *total):
             return i + 1, *(a + b for a, b in zip(total, gradient(i)))
 
         def epoch(k):
             _, *total = tf.while_loop(
-                lambda i, *_: i < x.shape[0], chunk, (1, *gradient(0)), parallel_iterations=1
+                lambda i, *_: i < x.shape[0], microbatch, (1, *gradient(0)), parallel_iterations=1
             )
             for variable, g in zip(variables, total):
                 variable.assign_sub(1e-3 / (x.shape[0] * x.shape[1]) * g)
@@ -110,9 +111,9 @@ def toy_steps(n, width, steps):
     """Functions that take `steps` steps with MODELS models, or with one of them."""
     source, rng = data.load("toy"), np.random.default_rng(0)
     model = models.build("toy_mlp", (2,), 1, width, seed=0)
-    sets = [chunks_of(*source.draw(n, rng)) for _ in range(MODELS)]
+    sets = [microbatches_of(*source.draw(n, rng)) for _ in range(MODELS)]
     own = tf.stack([s[0] for s in sets]), tf.stack([s[1] for s in sets]), sets[0][2]
-    many = single.build_replicas(model, "mse", 1e-3, MODELS)
+    many = single.build_ensemble(model, "mse", 1e-3, MODELS)
     start = [np.stack([w] * MODELS) for w in model.get_weights()]
     one = single.build(model, "mse", 1e-3)
     loss_fn = per_example("mse")

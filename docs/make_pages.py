@@ -44,7 +44,8 @@ def signature(value) -> str:
         if one.kind is one.KEYWORD_ONLY and not star:
             parts.append("*")
             star = True
-        text = one.name if one.annotation is one.empty else f"{one.name}: {one.annotation}"
+        annotation = getattr(one.annotation, "__forward_arg__", one.annotation)
+        text = one.name if annotation is one.empty else f"{one.name}: {annotation}"
         if one.default is not one.empty:
             text += f"={one.default!r}" if text == one.name else f" = {one.default!r}"
         parts.append(text)

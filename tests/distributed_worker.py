@@ -27,7 +27,7 @@ LABELS = RNG.integers(0, 3, 52)
 LOSS = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
 
 
-# Three chunks on two devices; in float64 the differences of losses keep their digits.
+# Three micro-batches on two devices; in float64 the differences of losses keep their digits.
 OSGR = dict(
     dataset="toy",
     n=[21],

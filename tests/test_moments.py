@@ -1,4 +1,4 @@
-"""The laws of Moments: a value with a neutral element, merged in any chunks and order."""
+"""The laws of Moments: a value with a neutral element, merged in any micro-batches and order."""
 
 import numpy as np
 import pytest
@@ -74,8 +74,8 @@ def test_small_spread_on_a_large_mean(dtype, rtol):
     """Mean 1, spread 1e-4: E[g^2] - E[g]^2 has no digit left in float32."""
     values = np.random.default_rng(1).normal(1.0, 1e-4, size=[1000, 5])
     total = Moments.empty([values[0].astype(dtype)]).numpy()
-    for chunk in np.split(values, 10):
-        total = total.merge(moments_of(chunk, dtype))
+    for microbatch in np.split(values, 10):
+        total = total.merge(moments_of(microbatch, dtype))
     assert total.m2[0].dtype == dtype
     np.testing.assert_allclose(total.variance()[0], values.var(0), rtol=rtol)
     naive = (values.astype(np.float32) ** 2).mean(0) - values.astype(np.float32).mean(0) ** 2

@@ -52,7 +52,7 @@ CASES = {
 
 @pytest.mark.parametrize("case, jit_compile", [("toy", False), ("images", False), ("toy", True)])
 def test_replicas_are_the_loop(case, jit_compile, monkeypatch):
-    """Five models in three groups, the last filled up; two chunks, the last with padding."""
+    """Five models in three groups, the last filled up; two micro-batches, the last with padding."""
     draw, build, loss = CASES[case]
     monkeypatch.setattr(ensemble, "group_size", lambda model, x: 2)
     _, sets = draw(5, 11, 6)
@@ -68,7 +68,7 @@ def test_replicas_are_the_loop(case, jit_compile, monkeypatch):
     own = tuple(map(tf.constant, own))
     last = tf.fill([5], tf.constant(np.inf, tf.float64))
     options = dict(jit_compile=jit_compile)
-    together = descent.build_replicas(model, loss, 0.05, 5 if jit_compile else 1, **options)
+    together = descent.build_ensemble(model, loss, 0.05, 5 if jit_compile else 1, **options)
     weights, losses, rises = together.descend(start, own, tf.constant(7), last)
     moments = together.moments(weights, own)
     stepped = together.step(weights, moments.mean)
@@ -78,16 +78,18 @@ def test_replicas_are_the_loop(case, jit_compile, monkeypatch):
     single = descent.build(model, loss, 0.05)
     for m, one_set in enumerate(sets):
         model.set_weights([w[m] for w in start])
-        chunks = tuple(map(tf.constant, one_set))
-        loss_m, rises_m = single.descend(chunks, tf.constant(7), tf.constant(np.inf, tf.float64))
+        microbatches = tuple(map(tf.constant, one_set))
+        loss_m, rises_m = single.descend(
+            microbatches, tf.constant(7), tf.constant(np.inf, tf.float64)
+        )
         close(losses[m], loss_m)
         assert rises[m] == rises_m
         close([w[m] for w in weights], model.get_weights(), 2e-6)
         model.set_weights([w[m] for w in weights])
-        moments_m = single.moments(chunks)
+        moments_m = single.moments(microbatches)
         close(tf.nest.map_structure(lambda v, m=m: v[m], moments), moments_m)
         single.step(moments_m.mean)
-        trained = single.losses(chunks).numpy()[one_set[2]]
+        trained = single.losses(microbatches).numpy()[one_set[2]]
         close(after[m], trained.astype(float).mean())
         close(on_test[m].numpy()[test_valid], single.losses(test).numpy()[test_valid], 2e-6)
 

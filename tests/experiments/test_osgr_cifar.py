@@ -75,7 +75,7 @@ def _run(source, tmp_path_factory):
         training_sets=2,
         learning_rate=LEARNING_RATE,
         test_size=TEST,
-        batch_size=5,  # the last chunk is padded
+        batch_size=5,  # the last micro-batch is padded
     )
     (configuration,) = OSGR.configurations(settings)
     work = bench(source, tmp_path_factory.mktemp("run"))
@@ -189,9 +189,9 @@ def test_statistics_are_exact_whatever_the_chunks(run, source):
     _, work, _ = run
     ((model, functions, initial, _),) = work.traced.values()
     x, y = source.draw(TRAIN, np.random.default_rng(3))
-    chunks, labels, valid = map(tf.constant, examples.stack_microbatches(x, y, 5))
+    microbatches, labels, valid = map(tf.constant, examples.stack_microbatches(x, y, 5))
     weights = [w[tf.newaxis] for w in map(tf.constant, initial)]
-    found = functions.recalibrate(weights, (chunks[tf.newaxis], labels[tf.newaxis], valid))
+    found = functions.recalibrate(weights, (microbatches[tf.newaxis], labels[tf.newaxis], valid))
     model.set_weights([w[0] for w in found])
     moving = [np.array(v) for v in model.non_trainable_variables]
 

@@ -23,39 +23,39 @@ LOSS = per_example(keras.losses.SparseCategoricalCrossentropy(from_logits=True))
 
 @pytest.fixture(scope="module")
 def network():
-    """A smooth 3-4-3-2 network in float64, seven examples in three chunks, one of them padded."""
+    """A smooth 3-4-3-2 network in float64, seven examples in three micro-batches, one padded."""
     rng = np.random.default_rng(0)
     model = keras.Sequential([keras.Input([3], dtype="float64")])
     for units, activation in ((4, "tanh"), (3, "tanh"), (2, None)):
         model.add(keras.layers.Dense(units, activation, dtype="float64"))
     model.set_weights([rng.normal(size=w.shape) for w in model.get_weights()])
-    chunks = examples.stack_microbatches(rng.normal(size=[7, 3]), rng.integers(0, 2, 7), 3)
-    return model, tuple(map(tf.constant, chunks))
+    microbatches = examples.stack_microbatches(rng.normal(size=[7, 3]), rng.integers(0, 2, 7), 3)
+    return model, tuple(map(tf.constant, microbatches))
 
 
-def gradient_at(model, chunks, values):
+def gradient_at(model, microbatches, values):
     values = [tf.constant(v) for v in values]
-    return [g.numpy() for g in mean_gradient(model, LOSS, values, chunks)[1]]
+    return [g.numpy() for g in mean_gradient(model, LOSS, values, microbatches)[1]]
 
 
 @pytest.mark.parametrize("place", [1, 2])
 def test_first_order_parts_add_up_to_the_measured_change(network, place):
-    model, chunks = network
-    terms = feature_term.feature_terms(model, model.layers[place], LOSS, 0.3, chunks)
+    model, microbatches = network
+    terms = feature_term.feature_terms(model, model.layers[place], LOSS, 0.3, microbatches)
     start, kernel = model.get_weights(), 2 * place
-    gradient = gradient_at(model, chunks, start)
+    gradient = gradient_at(model, microbatches, start)
     after = []
     for step in (1e-5, -1e-5):
         moved = [w - step * g if k < kernel else w for k, (w, g) in enumerate(zip(start, gradient))]
-        after.append(gradient_at(model, chunks, moved)[kernel])
+        after.append(gradient_at(model, microbatches, moved)[kernel])
     change = 0.3 * (after[0] - after[1]) / 2e-5
     np.testing.assert_allclose(sum(t.numpy() for t in terms), change, atol=1e-8)
 
 
 def test_term_28_is_its_formula(network):
     """A_sc,p by central differences of the features in plain numpy, with the errors held fixed."""
-    model, chunks = network
-    x, y = (c.numpy().reshape(-1, *c.shape[2:])[:7] for c in chunks[:2])
+    model, microbatches = network
+    x, y = (c.numpy().reshape(-1, *c.shape[2:])[:7] for c in microbatches[:2])
     w1, b1, w2, b2, w3, b3 = model.get_weights()
 
     def features(parameters):
@@ -68,20 +68,20 @@ def test_term_28_is_its_formula(network):
     delta = scores / scores.sum(1, keepdims=True) - np.eye(2)[y]
     slopes = [features(parameters + e) - features(parameters - e) for e in 1e-5 * np.eye(31)]
     a_scp = np.einsum("is,pic->csp", delta, np.array(slopes) / 2e-5) / 7
-    gradient = gradient_at(model, chunks, model.get_weights())[:4]
+    gradient = gradient_at(model, microbatches, model.get_weights())[:4]
     by_chain = np.einsum("cs,csp->p", w3, a_scp)
     np.testing.assert_allclose(by_chain, np.concatenate([g.ravel() for g in gradient]), atol=1e-9)
-    terms = feature_term.feature_terms(model, model.layers[2], LOSS, 0.3, chunks)
+    terms = feature_term.feature_terms(model, model.layers[2], LOSS, 0.3, microbatches)
     np.testing.assert_allclose(terms.own_weight, -0.3 * w3 * (a_scp**2).sum(2), atol=1e-9)
 
 
 def test_layers_without_a_term_are_named(network):
-    model, chunks = network
+    model, microbatches = network
     with pytest.raises(ValueError, match="no trainable layers below"):
-        feature_term.feature_terms(model, model.layers[0], LOSS, 0.3, chunks)
+        feature_term.feature_terms(model, model.layers[0], LOSS, 0.3, microbatches)
     with pytest.raises(ValueError, match="(?s)Dropout.*fully connected"):
         with_dropout = keras.Sequential([keras.Input([3]), keras.layers.Dropout(0.1)])
-        feature_term.feature_terms(with_dropout, with_dropout.layers[0], LOSS, 0.3, chunks)
+        feature_term.feature_terms(with_dropout, with_dropout.layers[0], LOSS, 0.3, microbatches)
 
 
 class Killed(Exception):

@@ -1,10 +1,10 @@
 """Full-batch descent of one model on many devices, each with its share of the training set.
 
 The weights are plain tensors, the same everywhere. In each step every device adds up the gradients
-of its chunks, and the sums over the devices are the step's: the loop over the steps is in the graph
-and around the devices. Several processes go through the same program; what depends on a clock
-(how many steps a piece has, when a checkpoint is written) they must do alike, or they wait for each
-other forever.
+of its micro-batches, and the sums over the devices are the step's: the loop over the steps is in
+the graph and around the devices. Several processes go through the same program; what depends on a
+clock (how many steps are made at a time, when a checkpoint is written) they must do alike, or they
+wait for each other forever.
 
 "Replica" is TensorFlow's word here: a device's part of the computation.
 """
@@ -66,13 +66,13 @@ def worker(strategy) -> int:
 
 
 def build(model, loss, learning_rate: float, strategy, *, engine="auto", jit_compile=False):
-    """`descent.build_replicas` of one model, M = 1, on the devices of a strategy.
+    """`descent.build_ensemble` of one model, M = 1, on the devices of a strategy.
 
     Training sets are what `share` makes of them. Losses on a data set that is not shared out are
     computed in each process by one of its devices.
 
     Returns:
-      `descent.Replicas`.
+      `descent.Ensemble`.
 
     Raises:
       ValueError: a model with batch normalisation.
@@ -83,10 +83,10 @@ def build(model, loss, learning_rate: float, strategy, *, engine="auto", jit_com
             "whole training set: it must be on one device. Expected --strategy=none; --shard=i/k "
             "shares out configurations instead"
         )
-    single = descent.build_replicas(
+    single = descent.build_ensemble(
         model, loss, learning_rate, 1, engine=engine, jit_compile=jit_compile
     )
-    of_chunk = microbatches.of_chunk(model, loss, engine)
+    of_microbatch = microbatches.of_microbatch(model, loss, engine)
     compiled = functools.partial(tf.function, autograph=False)
 
     def on_all(of_share, reduce, weights, own):
@@ -103,11 +103,11 @@ def build(model, loss, learning_rate: float, strategy, *, engine="auto", jit_com
 
         return compiled(of_share, jit_compile=jit_compile)
 
-    gradient_sums, loss_sum = counted(of_chunk.gradient), counted(of_chunk.loss)
+    gradient_sums, loss_sum = counted(of_microbatch.gradient), counted(of_microbatch.loss)
 
     @functools.partial(compiled, jit_compile=jit_compile)
     def moments_of_share(weights, x, y, valid):
-        return microbatches.over(of_chunk.moments, microbatches.merge, weights, x, y, valid)
+        return microbatches.over(of_microbatch.moments, microbatches.merge, weights, x, y, valid)
 
     @compiled
     def descend(weights, own, steps, last_loss):
@@ -144,14 +144,13 @@ def _summed(values):
 
 
 def share(strategy, own):
-    """A training set's chunks, shared out over the replicas.
+    """A training set's micro-batches, shared out over the replicas.
 
     Args:
-      own: `(x, y, valid)` with axes `[1, chunks, batch]`, and `[chunks, batch]` of `valid`.
+      own: `(x, y, valid)` with axes `[1, micro-batches, batch]`; of `valid` `[micro-batches, batch]`.
 
     Returns:
-      The same, of each replica as many chunks; the last ones are filled up with chunks in which
-      nothing is valid.
+      The same, of each replica as many micro-batches; what is added at the end is not valid.
     """
     x, y, valid = own
     size = -(-len(valid) // strategy.num_replicas_in_sync)

@@ -1,10 +1,10 @@
-"""Sums over the chunks of a data set, of one network's losses, gradients and moments.
+"""Sums over the micro-batches of a data set, of one network's losses, gradients and moments.
 
-A data set is held as chunks `(x, y, valid)` with leading axes `[chunks, batch]` (`of_data`), so
-that its size is no matter of memory. The weights are arguments, the arrays of
+A data set is held as micro-batches, `(x, y, valid)` with leading axes `[micro-batches, batch]`
+(`of_data`), so that its size is no matter of memory. The weights are arguments, the arrays of
 `model.get_weights()`: the model's own are neither read nor changed.
 
-Index letters: m replica (M in all), i chunk.
+Index letters: m replica (M in all), i micro-batch.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ SIDE_BY_SIDE = 2
 
 
 def of_data(x, y, size: int) -> tuple:
-    """`(x, y, valid)`, tensors, of a data set's arrays: `size` examples a chunk, none empty.
+    """`(x, y, valid)`, tensors, of a data set's arrays: `size` examples a micro-batch, none empty.
 
     >>> [v.shape.as_list() for v in of_data(tf.zeros([5, 2]).numpy(), tf.zeros([5]).numpy(), 2)]
     [[3, 2, 2], [3, 2], [3, 2]]
@@ -36,15 +36,15 @@ def of_data(x, y, size: int) -> tuple:
     return tuple(map(tf.constant, examples.stack_microbatches(x, y, size)))
 
 
-class OfChunk(NamedTuple):
-    """What `of_chunk` returns: functions of one model's weights and of one chunk.
+class OfMicrobatch(NamedTuple):
+    """What `of_microbatch` returns: functions of one model's weights and of one micro-batch.
 
     Attributes:
       at: `weights -> ` a scope in which the model has them.
       trainable: where in the weights the trainable ones are.
       losses: `(weights, x, y) -> [batch]`.
       training_losses: `(weights, x, y, valid) -> [batch]`, under batch normalisation with the
-        chunk's own statistics.
+        micro-batch's own statistics.
       loss: `(weights, x, y, valid) -> ` the sum of `losses` (float64).
       gradient: `(weights, x, y, valid) -> (loss, gradient)`, sums of `training_losses`.
       moments: `(weights, x, y, valid) -> Moments`.
@@ -59,7 +59,7 @@ class OfChunk(NamedTuple):
     moments: Callable
 
 
-def of_chunk(model, loss, engine="auto") -> OfChunk:
+def of_microbatch(model, loss, engine="auto") -> OfMicrobatch:
     """A built Keras model, run in inference mode; for `loss`, `engine` see `gradient_moments`."""
     loss_fn = per_example(loss)
     measure = engines.build(model, loss, engine=engine, sign_counts=True)
@@ -98,7 +98,7 @@ def of_chunk(model, loss, engine="auto") -> OfChunk:
         with at(weights):
             return measure(x, y, None, valid).moments
 
-    return OfChunk(
+    return OfMicrobatch(
         at,
         trainable,
         _apart(losses),
@@ -119,33 +119,33 @@ def _apart(function):
 
 
 def over(function, add, weights, x, y, valid):
-    """`function` of each replica and chunk, added up over the chunks.
+    """`function` of each replica and micro-batch, added up over the micro-batches.
 
     Args:
-      function: of `OfChunk`: of one replica and one chunk.
+      function: of `OfMicrobatch`: of one replica and one micro-batch.
       add: of two of its results, each with a leading axis M.
-      weights, x, y: with a leading axis M; before the axis of chunks where there is one.
-      valid: `[chunks, batch]`.
+      weights, x, y: with a leading axis M; before the axis of micro-batches where there is one.
+      valid: `[micro-batches, batch]`.
     """
 
-    def chunk(i):
+    def microbatch(i):
         return each(lambda w, x, y: function(w, x[i], y[i], valid[i]), weights, x, y)
 
-    return _added_up(chunk, valid.shape[0], add)
+    return _added_up(microbatch, valid.shape[0], add)
 
 
 def total(function, data):
-    """The sum over the chunks of `function(x, y, valid)`, nested tensors."""
+    """The sum over the micro-batches of `function(x, y, valid)`, nested tensors."""
     return _added_up(lambda i: function(*(v[i] for v in data)), data[2].shape[0], plus)
 
 
-def _added_up(chunk, number, add):
+def _added_up(microbatch, number, add):
     if number == 1:
-        return chunk(0)
+        return microbatch(0)
     return tf.while_loop(
         lambda i, _: i < number,
-        lambda i, found: (i + 1, add(found, chunk(i))),
-        (1, chunk(0)),
+        lambda i, found: (i + 1, add(found, microbatch(i))),
+        (1, microbatch(0)),
         parallel_iterations=SIDE_BY_SIDE,
     )[1]
 

@@ -1,11 +1,11 @@
 """Full-batch gradient descent on the per-example loss, with its loop in the graph.
 
-A data set is held as chunks `(x, y, valid)` (`chunks`). M models of one network descend as one
-program, each on a training set of its own (`build_replicas`); a single model is M = 1 (`build`).
+A data set is held as micro-batches `(x, y, valid)` (`microbatches`). M models of one network
+descend as one program, each on a training set of its own (`build_ensemble`); one model is M = 1 (`build`).
 
 With batch normalisation the statistics are those of the whole training set, at evaluation too. The
 set is then one batch of the forward and of the backward pass; the gradient flows through its
-statistics (`slopes` has the mathematics).
+statistics (`directional_variance` has the mathematics).
 
 Index letters: m replica (M in all).
 """
@@ -23,11 +23,11 @@ from tf_gsnr.descent import directional_variance, ensemble, microbatches
 from tf_gsnr.gradients import network, recalibration
 
 
-class Replicas(NamedTuple):
-    """What `build_replicas` returns: functions of the M models' weights.
+class Ensemble(NamedTuple):
+    """What `build_ensemble` returns: functions of the M models' weights.
 
-    `weights` are the arrays of `model.get_weights()`, `own` are chunks `(x, y, valid)`, each but
-    `valid` with a leading axis M: the training sets are of one size.
+    `weights` are the arrays of `model.get_weights()`, `own` are micro-batches `(x, y, valid)`, each
+    but `valid` with a leading axis M: the training sets are of one size.
 
     Attributes:
       descend: `(weights, own, steps, last_loss) -> (weights, loss, rises)`: that many steps with
@@ -42,8 +42,8 @@ class Replicas(NamedTuple):
         those of `moments`, `noise_frozen` and `signal_frozen`. The seeds `[M, 2]` draw directions.
       step: `(weights, gradient) -> weights`: one step along given mean gradients.
       loss: `(weights, own) -> [M]`, the mean training loss (float64).
-      losses: `(weights, chunks) -> [M, chunks, batch]`, each example's loss on one data set that
-        all models share.
+      losses: `(weights, data) -> [M, micro-batches, batch]`, each example's loss on one data set
+        that all models share.
     """
 
     descend: Callable
@@ -55,9 +55,9 @@ class Replicas(NamedTuple):
     losses: Callable
 
 
-def build_replicas(
+def build_ensemble(
     model, loss, learning_rate: float, m: int, *, engine="auto", jit_compile=False
-) -> Replicas:
+) -> Ensemble:
     """Gradient descent `theta <- theta - learning_rate g` of many models on mean losses.
 
     Args:
@@ -68,8 +68,8 @@ def build_replicas(
       m: how many models. XLA compiles the descent of several, whatever `jit_compile` is.
       engine, jit_compile: see `tf_gsnr.gradient_moments`.
     """
-    of_chunk = microbatches.of_chunk(model, loss, engine)
-    trainable, each = of_chunk.trainable, ensemble.each
+    of_microbatch = microbatches.of_microbatch(model, loss, engine)
+    trainable, each = of_microbatch.trainable, ensemble.each
     normalized = bool(network.all_batch_norms(model))
 
     def step(weights, gradient):
@@ -79,7 +79,7 @@ def build_replicas(
         return weights
 
     def batched(x, y, valid):
-        """The chunks as they go through the network together: all, where they share statistics."""
+        """As they go through the network together: all at once, where they share statistics."""
         if not normalized:
             return x, y, valid
         x, y = (tf.reshape(v, [v.shape[0], 1, -1, *v.shape[3:]]) for v in (x, y))
@@ -91,14 +91,16 @@ def build_replicas(
         n = tf.math.count_nonzero(valid, dtype=tf.float64)
 
         def mean_gradient(weights):
-            sums = microbatches.over(of_chunk.gradient, microbatches.plus, weights, x, y, valid)
+            sums = microbatches.over(
+                of_microbatch.gradient, microbatches.plus, weights, x, y, valid
+            )
             return microbatches.divided(sums, n)
 
         return loop(mean_gradient, step, weights, last_loss, steps)
 
     def recalibrate(own, shared):
         def one(weights, x, y, valid):
-            with of_chunk.at(weights):
+            with of_microbatch.at(weights):
                 _, statistics = recalibration.forward(model, x, valid)
             found = {id(variable): value for variable, value in statistics}
             return [found.get(id(v), w) for v, w in zip(model.weights, weights)]
@@ -110,31 +112,33 @@ def build_replicas(
         def noise(weights, x, y, valid, seed):
             parameters = [weights[k] for k in trainable]
             return directional_variance.summed_variance(
-                lambda: of_chunk.training_losses(weights, x, y, valid), parameters, valid, seed
+                lambda: of_microbatch.training_losses(weights, x, y, valid), parameters, valid, seed
             )
 
         weights, seeds, (x, y, valid) = own[0], own[3], batched(*own[1:3], *shared)
         n = tf.math.count_nonzero(valid, dtype=tf.float64)
         total = each(lambda w, x, y, s: noise(w, x[0], y[0], valid[0], s), weights, x, y, seeds)
-        _, gradient = microbatches.over(of_chunk.gradient, microbatches.plus, weights, x, y, valid)
+        _, gradient = microbatches.over(
+            of_microbatch.gradient, microbatches.plus, weights, x, y, valid
+        )
         return microbatches.divided(gradient, n), total / n
 
     def moments(own, shared):
-        return microbatches.over(of_chunk.moments, microbatches.merge, *own, *shared)
+        return microbatches.over(of_microbatch.moments, microbatches.merge, *own, *shared)
 
     def mean_loss(own, shared):
         n = tf.math.count_nonzero(*shared, dtype=tf.float64)
-        return microbatches.over(of_chunk.loss, microbatches.plus, *own, *shared) / n
+        return microbatches.over(of_microbatch.loss, microbatches.plus, *own, *shared) / n
 
     def losses(own, shared):
-        def chunk(data):
-            return each(lambda weights: of_chunk.losses(weights, *data), *own)
+        def microbatch(data):
+            return each(lambda weights: of_microbatch.losses(weights, *data), *own)
 
         (weights,), (x, y, valid) = own, shared
         shape = [weights[0].shape[0], valid.shape[1]]
         signature = tf.TensorSpec(shape, weights[0].dtype)
         found = tf.map_fn(
-            chunk,
+            microbatch,
             (x, y),
             fn_output_signature=signature,
             parallel_iterations=microbatches.SIDE_BY_SIDE,
@@ -197,7 +201,7 @@ def build_replicas(
     def losses_of(weights, data):
         return losses((list(weights),), tuple(data))
 
-    return Replicas(
+    return Ensemble(
         descend=descended,
         recalibrate=of(recalibrate) if normalized else lambda weights, own: weights,
         moments=of(moments),
@@ -209,12 +213,12 @@ def build_replicas(
 
 
 def loop(mean_gradient, step, weights, last_loss, steps):
-    """That many steps in the graph; `(weights, loss, rises)`, as `descend` of `Replicas` has them.
+    """That many steps in the graph; `(weights, loss, rises)`, as `descend` of `Ensemble` has them.
 
     Args:
       mean_gradient: `weights -> (loss, gradient)`, of the training set.
       step: `(weights, gradient) -> weights`.
-      weights, last_loss, steps: see `Replicas`.
+      weights, last_loss, steps: see `Ensemble`.
     """
 
     def body(i, weights, previous, rises):
@@ -233,10 +237,10 @@ class Descent(NamedTuple):
     """What `build` returns: functions of one model, where its weights are.
 
     Attributes:
-      descend: `(chunks, steps, last_loss) -> (loss, rises)`, as in `Replicas`.
-      moments: `chunks -> Moments` of the per-example gradients.
+      descend: `(data, steps, last_loss) -> (loss, rises)`, as in `Ensemble`.
+      moments: `data -> Moments` of the per-example gradients.
       step: `gradient -> None`: one step along a given mean gradient.
-      losses: `chunks -> [chunks, batch]`, each example's loss.
+      losses: `data -> [micro-batches, batch]`, each example's loss.
     """
 
     descend: Callable
@@ -246,8 +250,8 @@ class Descent(NamedTuple):
 
 
 def build(model, loss, learning_rate: float, *, engine="auto", jit_compile=False) -> Descent:
-    """Gradient descent of one model, whose weights it reads and assigns; see `build_replicas`."""
-    one = build_replicas(model, loss, learning_rate, 1, engine=engine, jit_compile=jit_compile)
+    """Gradient descent of one model, whose weights it reads and assigns; see `build_ensemble`."""
+    one = build_ensemble(model, loss, learning_rate, 1, engine=engine, jit_compile=jit_compile)
 
     def weights():
         return [tf.expand_dims(v.value, 0) for v in model.weights]

@@ -23,7 +23,7 @@ from tf_gsnr import checks
 def stack_microbatches(x, y, batch_size: int):
     """Cuts arrays into `(x, y, valid)` with leading axes `[micro-batches, batch_size]`.
 
-    The last chunk is filled up with copies of the last example, which are not valid.
+    The last micro-batch is filled up with copies of the last example, which are not valid.
     """
     n = len(y)
     batch_size = min(batch_size, n)

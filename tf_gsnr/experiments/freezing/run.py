@@ -34,13 +34,13 @@ def run(configuration: dict, settings: Settings, workbench) -> Iterator[dict]:
     model.set_weights(
         [rng.normal(0, scale, w.shape) if w.ndim > 1 else w * 0 for w in model.get_weights()]
     )
-    chunks = of_data(*train, len(train[1]))
+    microbatches = of_data(*train, len(train[1]))
     text = ", ".join(f"{k}={v}" for k, v in configuration.items())
     last_loss = np.inf
     for epoch in epochs(settings):
         if epoch:
             loss, _ = functions.descend(
-                chunks, tf.constant(settings.every), tf.constant(last_loss, tf.float64)
+                microbatches, tf.constant(settings.every), tf.constant(last_loss, tf.float64)
             )
             last_loss = float(loss)
             if not np.isfinite(last_loss):
@@ -49,7 +49,7 @@ def run(configuration: dict, settings: Settings, workbench) -> Iterator[dict]:
                     "diverged (a smaller --learning_rate?)"
                 )
             workbench.progress.advance(settings.every, f"{text} | step {epoch}")
-        moments = tf.nest.map_structure(np.asarray, functions.moments(chunks))
+        moments = tf.nest.map_structure(np.asarray, functions.moments(microbatches))
         paths = [v.path for v in model.trainable_variables]
         second = [i for i, path in enumerate(paths) if "/output/" in path]
         ratios = metrics.gsnr(moments, bias_corrected=False)

@@ -38,11 +38,11 @@ def measured(functions, model, weights, sets, test, seeds) -> list[Step]:
     """From the same weights a step on each of some training sets, measured.
 
     Args:
-      functions: `descent.Replicas`.
+      functions: `descent.Ensemble`.
       model: for the names of its variables.
-      weights: see `descent.Replicas`; they stay as they are.
-      sets: a list of `own` of `descent.Replicas`.
-      test: chunks of the test set.
+      weights: see `descent.Ensemble`; they stay as they are.
+      sets: a list of `own` of `descent.Ensemble`.
+      test: micro-batches of the test set.
       seeds: `[r, 2]`, of `functions.terms`.
     """
     there = test[2].numpy()

@@ -10,8 +10,8 @@ as the models adapt to it. With `unseen`, both sides are estimated a second time
 weights, by a step on as many training sets that the models have not seen: what then is left of the
 difference between the two sides is not due to the adaptation. That step is taken back.
 
-The models of several training sets train as one program where that pays (`replicas`); or each one
-on many devices, with a share of its training set on each (`data_parallel`).
+The models of several training sets train as one program where that pays (`descent.ensemble`); or each
+one on many devices, with a share of its training set on each (`descent.devices`).
 
 Index letters: t training set (1..M), r of those that train together, tau epoch (= gradient-descent
 iteration), i test example.
@@ -145,7 +145,7 @@ def _network(configuration, settings, workbench):
         else:
             if together is None:
                 together = settings.training_sets if ensemble.pays(model, source.input_shape) else 1
-            functions = single.build_replicas(model, loss, learning_rate, together, **how)
+            functions = single.build_ensemble(model, loss, learning_rate, together, **how)
         if together > 1:
             workbench.progress.say(
                 f"width {width}: {together} models train as one program, compiled by XLA"
@@ -155,12 +155,12 @@ def _network(configuration, settings, workbench):
 
 
 def _training_sets(state, settings, source, unseen=False):
-    """Those that train together, as chunks: x and y with a leading axis r.
+    """Those that train together, as micro-batches: x and y with a leading axis r.
 
     Or as many that have no example of theirs.
     """
     c, batch_size = state.configuration, settings.batch_size
-    if state.strategy:  # no device without a chunk
+    if state.strategy:  # no device without a micro-batch
         batch_size = min(batch_size, -(-c["n"] // state.strategy.num_replicas_in_sync))
     found = []
     for t in range(state.t, state.t + len(state.rises)):

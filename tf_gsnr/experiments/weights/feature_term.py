@@ -44,7 +44,7 @@ class Terms(NamedTuple):
     errors: tf.Tensor
 
 
-def feature_terms(model, layer, loss_fn, learning_rate: float, chunks) -> Terms:
+def feature_terms(model, layer, loss_fn, learning_rate: float, microbatches) -> Terms:
     """The parts of the change of a kernel's mean gradient by a step of the layers below alone.
 
     Costs a backward pass per weight of the kernel; memory for `[c, p]`, one output s at a time.
@@ -54,7 +54,7 @@ def feature_terms(model, layer, loss_fn, learning_rate: float, chunks) -> Terms:
       layer: a `Dense` layer of it, with trainable layers below.
       loss_fn: `(y_true, y_pred) -> [batch]`, see `models.per_example`.
       learning_rate: lambda.
-      chunks: `(x, y, valid)`, see `chunks.of_data`.
+      microbatches: `(x, y, valid)`, see `microbatches.of_data`.
 
     Returns:
       `Terms` of the kernel's shape and dtype.
@@ -68,15 +68,15 @@ def feature_terms(model, layer, loss_fn, learning_rate: float, chunks) -> Terms:
     >>> from tf_gsnr.gradients import examples
     >>> from tf_gsnr.models import per_example
     >>> model = keras.Sequential([keras.Input([2]), keras.layers.Dense(3), keras.layers.Dense(1)])
-    >>> chunks = examples.stack_microbatches(np.ones([4, 2], "f4"), np.ones([4, 1], "f4"), 4)
-    >>> terms = feature_terms(model, model.layers[1], per_example("mse"), 0.1, chunks)
+    >>> micro-batches = examples.stack_microbatches(np.ones([4, 2], "f4"), np.ones([4, 1], "f4"), 4)
+    >>> terms = feature_terms(model, model.layers[1], per_example("mse"), 0.1, micro-batches)
     >>> terms.own_weight.shape, bool(tf.reduce_all(terms.own_weight * model.layers[1].kernel <= 0))
     (TensorShape([3, 1]), True)
     """
     below, above = _split(model, layer)
     kernel = tf.convert_to_tensor(layer.kernel)
     parameters = [v.value for one in below for v in one.trainable_variables]
-    n = tf.math.count_nonzero(chunks[2], dtype=kernel.dtype)
+    n = tf.math.count_nonzero(microbatches[2], dtype=kernel.dtype)
 
     def features(x):
         for one in below:
@@ -97,7 +97,7 @@ def feature_terms(model, layer, loss_fn, learning_rate: float, chunks) -> Terms:
     def jacobian(s):
         """A_sc,p of one output, `[c, *shape of p]` for each parameter."""
 
-        def of_chunk(x, y, valid):
+        def of_microbatch(x, y, valid):
             with tf.GradientTape() as tape:
                 a = features(x)
                 delta = tf.stop_gradient(errors(a, y, valid))[:, s]
@@ -105,7 +105,7 @@ def feature_terms(model, layer, loss_fn, learning_rate: float, chunks) -> Terms:
             with vectorised_ops():
                 return tape.jacobian(mean, parameters)
 
-        return total(of_chunk, chunks)
+        return total(of_microbatch, microbatches)
 
     def of_output(s, squares, gradient):
         found = jacobian(s)
@@ -130,7 +130,7 @@ def feature_terms(model, layer, loss_fn, learning_rate: float, chunks) -> Terms:
         through_features = tf.einsum(product, forward.jvp(a), delta) / n
         return [through_features, tf.einsum(product, a, forward.jvp(delta)) / n]
 
-    through_features, through_errors = total(changes, chunks)
+    through_features, through_errors = total(changes, microbatches)
     own = -learning_rate * kernel * tf.transpose(squares.stack())  # (28)
     return Terms(own, through_features - own, through_errors)
 

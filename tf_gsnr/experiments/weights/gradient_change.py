@@ -37,7 +37,7 @@ def kernels(model) -> dict[str, int]:
     return {path[-2]: place for place, path in enumerate(paths) if path[-1] == "kernel"}
 
 
-def changes(model, loss_fn, learning_rate: float, chunks) -> Changes:
+def changes(model, loss_fn, learning_rate: float, microbatches) -> Changes:
     """Tries the steps from where the model's weights are; no variable changes.
 
     Costs a mean gradient per kernel, and one more.
@@ -46,15 +46,15 @@ def changes(model, loss_fn, learning_rate: float, chunks) -> Changes:
       model: a Keras model whose layers follow one another, run in inference mode.
       loss_fn: `(y_true, y_pred) -> [batch]`, see `models.per_example`.
       learning_rate: lambda.
-      chunks: `(x, y, valid)`, see `chunks.of_data`.
+      microbatches: `(x, y, valid)`, see `microbatches.of_data`.
     """
     start = [v.value for v in model.trainable_variables]
-    loss, gradient = mean_gradient(model, loss_fn, start, chunks)
+    loss, gradient = mean_gradient(model, loss_fn, start, microbatches)
 
     def after(moving):
         """The mean gradient after a step of the first `moving` variables."""
         moved = [w - learning_rate * g for w, g in zip(start[:moving], gradient)]
-        return mean_gradient(model, loss_fn, moved + start[moving:], chunks)[1]
+        return mean_gradient(model, loss_fn, moved + start[moving:], microbatches)[1]
 
     places = list(kernels(model).values())
     first, whole = places[0], after(len(start))
@@ -66,12 +66,12 @@ def changes(model, loss_fn, learning_rate: float, chunks) -> Changes:
     )
 
 
-def mean_gradient(model, loss_fn, values, chunks):
+def mean_gradient(model, loss_fn, values, microbatches):
     """The mean loss (float64) and its gradient where the trainable variables have these values."""
-    n = tf.math.count_nonzero(chunks[2], dtype=tf.float64)
+    n = tf.math.count_nonzero(microbatches[2], dtype=tf.float64)
     rest = [v.value for v in model.non_trainable_variables]
 
-    def of_chunk(x, y, valid):
+    def of_microbatch(x, y, valid):
         with tf.GradientTape() as tape:
             tape.watch(values)
             y_pred, _ = model.stateless_call(values, rest, x, training=False)
@@ -79,4 +79,4 @@ def mean_gradient(model, loss_fn, values, chunks):
         found = tape.gradient(losses, values, unconnected_gradients=tf.UnconnectedGradients.ZERO)
         return tf.reduce_sum(tf.cast(losses, tf.float64)), found
 
-    return divided(total(of_chunk, chunks), n)
+    return divided(total(of_microbatch, microbatches), n)

@@ -54,7 +54,7 @@ def run(configuration: dict, settings: Settings, workbench) -> Iterator[dict]:
     network = _network(settings, workbench)
     source = workbench.source
     data = source.draw(settings.n, np.random.default_rng([seed, settings.n]))
-    chunks = of_data(*data, CHUNK)
+    microbatches = of_data(*data, CHUNK)
     epoch = _start(seed, network, settings, workbench)
     progress.skip(work(configuration, settings) * epoch / settings.epochs)
     saved = time.monotonic()
@@ -62,14 +62,16 @@ def run(configuration: dict, settings: Settings, workbench) -> Iterator[dict]:
         if measured < epoch:
             continue
         while epoch < measured:
-            for batch in _batches(data, chunks, settings.batch_size, [seed, settings.n, epoch]):
+            for batch in _batches(
+                data, microbatches, settings.batch_size, [seed, settings.n, epoch]
+            ):
                 network.descent.descend(batch, tf.constant(1), tf.constant(np.inf, tf.float64))
             epoch += 1
             progress.advance(1, f"seed={seed} | epoch {epoch}")
         if time.monotonic() - saved > CHECKPOINT_SECONDS:
             _save(seed, epoch, network, workbench)
             saved = time.monotonic()
-        changes = tf.nest.map_structure(np.asarray, network.changes(chunks))
+        changes = tf.nest.map_structure(np.asarray, network.changes(microbatches))
         if not np.isfinite(changes.loss):
             raise ValueError(
                 f"the training loss is {changes.loss} at epoch {epoch} (seed={seed}): the descent "
@@ -79,7 +81,7 @@ def run(configuration: dict, settings: Settings, workbench) -> Iterator[dict]:
         layers = _columns(network.kernels, changes)
         if epoch in term_epochs(settings):
             for layer, terms in network.terms.items():
-                layers[layer] |= tf.nest.map_structure(np.asarray, terms(chunks))._asdict()
+                layers[layer] |= tf.nest.map_structure(np.asarray, terms(microbatches))._asdict()
             progress.advance(term_work(settings), f"seed={seed} | epoch {epoch}")
         yield {
             "experiment": "weights",
@@ -103,8 +105,8 @@ class _Network(NamedTuple):
     Attributes:
       model, descent: of `descent.build`.
       kernels: by the names of their layers, lowest first.
-      changes: `chunks -> Changes`.
-      terms: for each fully connected layer with layers below, `chunks -> Terms`.
+      changes: `data -> Changes`.
+      terms: for each fully connected layer with layers below, `data -> Terms`.
     """
 
     model: keras.Model
@@ -205,11 +207,11 @@ def _save(seed, epoch, network, workbench):
     workbench.directory.save_checkpoint({"of": {"seed": seed}, "epoch": epoch, "weights": weights})
 
 
-def _batches(data, chunks, batch_size, stream):
+def _batches(data, microbatches, batch_size, stream):
     """The mini-batches of an epoch, in an order of its own; all examples without a batch size."""
     x, y = data
     if batch_size is None or batch_size >= len(y):
-        yield chunks
+        yield microbatches
         return
     order = np.random.default_rng(stream).permutation(len(y))
     for first in range(0, len(y) - batch_size + 1, batch_size):  # one shape: the rest is left out
