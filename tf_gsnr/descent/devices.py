@@ -147,7 +147,7 @@ def share(strategy, own):
     """A training set's micro-batches, shared out over the replicas.
 
     Args:
-      own: `(x, y, valid)` with axes `[1, micro-batches, batch]`; of `valid` `[micro-batches, batch]`.
+      own: `(x, y, valid)` with axes `[1, micro-batches, batch]`; `valid` without the first.
 
     Returns:
       The same, of each replica as many micro-batches; what is added at the end is not valid.

@@ -1,7 +1,8 @@
 """Full-batch gradient descent on the per-example loss, with its loop in the graph.
 
 A data set is held as micro-batches `(x, y, valid)` (`microbatches`). M models of one network
-descend as one program, each on a training set of its own (`build_ensemble`); one model is M = 1 (`build`).
+descend as one program, each on a training set of its own (`build_ensemble`); a single model is
+M = 1 (`build`).
 
 With batch normalisation the statistics are those of the whole training set, at evaluation too. The
 set is then one batch of the forward and of the backward pass; the gradient flows through its

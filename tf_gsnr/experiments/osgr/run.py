@@ -10,8 +10,8 @@ as the models adapt to it. With `unseen`, both sides are estimated a second time
 weights, by a step on as many training sets that the models have not seen: what then is left of the
 difference between the two sides is not due to the adaptation. That step is taken back.
 
-The models of several training sets train as one program where that pays (`descent.ensemble`); or each
-one on many devices, with a share of its training set on each (`descent.devices`).
+The models of several training sets train as one program where that pays (`descent.ensemble`); or
+each one on many devices, with a share of its training set on each (`descent.devices`).
 
 Index letters: t training set (1..M), r of those that train together, tau epoch (= gradient-descent
 iteration), i test example.
