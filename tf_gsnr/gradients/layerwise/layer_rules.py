@@ -114,12 +114,12 @@ def reversible_embedding(call):
     return [(layer.reverse_embeddings, forms.outer(call, x, dz, layer.reverse_embeddings))]
 
 
-if hasattr(layers, "ReversibleEmbedding"):  # not in the oldest releases of Keras 3
+# Not in the oldest releases of Keras that the package works with.
+if hasattr(layers, "ReversibleEmbedding"):
     register_rule(layers.ReversibleEmbedding)(reversible_embedding)
 
 
 @register_rule(layers.LayerNormalization)
-@register_rule(layers.RMSNormalization)
 @register_rule(layers.GroupNormalization)
 @register_rule(layers.BatchNormalization)
 def normalization(call):
@@ -152,6 +152,10 @@ def normalization(call):
     if offset is not None:
         found.append((offset, _along(call, call.dz, axes, offset)))
     return found
+
+
+if hasattr(layers, "RMSNormalization"):
+    register_rule(layers.RMSNormalization)(normalization)
 
 
 def _along(call, values, axes, variable):
