@@ -90,6 +90,17 @@ def test_loss_and_metrics_are_built():
     assert len(model.metrics_variables) == before > 0
 
 
+def test_steps_of_execution():
+    seen = []
+    model = compiled()
+    model.compile("sgd", "mse", steps_per_execution=2)
+    ends = keras.callbacks.LambdaCallback(on_train_batch_end=lambda batch, logs: seen.append(batch))
+    model.fit(X, Y, batch_size=1, verbose=0, callbacks=[ends])
+    firsts = [0, 2]
+    steps = [keras_internals.steps_of_execution(model, a, b) for a, b in zip(firsts, seen)]
+    assert steps == [2, 2]
+
+
 @pytest.mark.parametrize(
     "optimizer, kind",
     [

@@ -178,6 +178,18 @@ def build_loss_and_metrics(model, batch):
     _part(model, "_symbolic_build")(data_batch=batch)
 
 
+TELLS_LAST_STEP = tuple(map(int, keras.__version__.split(".")[:2])) >= (3, 11)
+
+
+def steps_of_execution(model, first: int, told: int) -> int:
+    """How many steps were made, from what `on_train_batch_begin` and `_end` were told.
+
+    Since Keras 3.11 the latter is told the last step of `steps_per_execution`, before that the
+    first: then an epoch's last execution, which may have fewer, counts as whole.
+    """
+    return told - first + 1 if TELLS_LAST_STEP else model.steps_per_execution
+
+
 def slots(optimizer, kind: str) -> list:
     """The state that an optimiser keeps for each variable.
 

@@ -11,7 +11,7 @@ import keras
 import tensorflow as tf
 from absl import logging
 
-from tf_gsnr import checks, environment, metrics, shown
+from tf_gsnr import checks, environment, keras_internals, metrics, shown
 from tf_gsnr.gradients import engines, losses, measure
 from tf_gsnr.gradients import examples as data
 from tf_gsnr.records import RunDirectory
@@ -198,7 +198,7 @@ class GSNRCallback(keras.callbacks.Callback):
         self._batch = batch
 
     def on_train_batch_end(self, batch, logs=None):
-        steps = batch - self._batch + 1  # more than one with steps_per_execution
+        steps = keras_internals.steps_of_execution(self.model, self._batch, batch)
         self._step += steps
         if self._before is not None:
             self._after(steps)
