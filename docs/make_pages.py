@@ -1,4 +1,5 @@
-"""Writes docs/api.md and docs/numbers.md from what the code says of itself.
+"""Writes docs/api.md and docs/numbers.md from what the code says of itself, and the README's table of
+results from RESULTS.md.
 
 python docs/make_pages.py
 """
@@ -6,7 +7,9 @@ python docs/make_pages.py
 from __future__ import annotations
 
 import inspect
+import itertools
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -86,9 +89,24 @@ def numbers() -> str:
     return "\n".join(rows) + "\n"
 
 
-PAGES = {"api.md": api, "numbers.md": numbers}
+def results() -> str:
+    """The README, with the table of claims that stands in RESULTS.md, in short."""
+    root = HERE.parent
+    lines = (root / "RESULTS.md").read_text("utf-8").splitlines()
+    first = next(i for i, line in enumerate(lines) if line.startswith("|"))
+    table = []
+    for line in itertools.takewhile(lambda line: line.startswith("|"), lines[first:]):
+        cells = [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:6]]
+        table.append(f"| {' | '.join(cells)} |")
+    text = (root / "README.md").read_text("utf-8")
+    begin = text.index("-->", text.index("<!-- results:")) + 4
+    end = text.index("<!-- /results -->")
+    return text[:begin] + "\n" + "\n".join(table) + "\n\n" + text[end:]
+
+
+PAGES = {"docs/api.md": api, "docs/numbers.md": numbers, "README.md": results}
 
 if __name__ == "__main__":
     for file, make in PAGES.items():
-        (HERE / file).write_text(make(), encoding="utf-8")
-        print(HERE / file)
+        (HERE.parent / file).write_text(make(), encoding="utf-8")
+        print(file)

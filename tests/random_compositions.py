@@ -104,7 +104,7 @@ class Draw:
         return self.pick(
             lambda: L.BatchNormalization(momentum=0.9),
             lambda: L.LayerNormalization(),
-            lambda: L.RMSNormalization(),
+            lambda: getattr(L, "RMSNormalization", L.LayerNormalization)(),
             lambda: L.GroupNormalization(1),
         )()
 

@@ -7,8 +7,8 @@ import pytest
 
 import tf_gsnr
 
-DOCS = Path(__file__).parents[1] / "docs"
-spec = importlib.util.spec_from_file_location("make_pages", DOCS / "make_pages.py")
+ROOT = Path(__file__).parents[1]
+spec = importlib.util.spec_from_file_location("make_pages", ROOT / "docs" / "make_pages.py")
 make_pages = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(make_pages)
 
@@ -16,7 +16,7 @@ spec.loader.exec_module(make_pages)
 @pytest.mark.parametrize("file", make_pages.PAGES)
 def test_up_to_date(file):
     made = make_pages.PAGES[file]()
-    assert (DOCS / file).read_text() == made, "run python docs/make_pages.py"
+    assert (ROOT / file).read_text() == made, "run python docs/make_pages.py"
 
 
 def test_every_public_name_is_there():

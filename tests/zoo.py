@@ -10,6 +10,8 @@ import numpy as np
 import tensorflow as tf
 
 L = keras.layers
+# The oldest releases of Keras lack it, and `ReversibleEmbedding`.
+RMSNormalization = getattr(L, "RMSNormalization", L.LayerNormalization)
 
 
 def _stack(*layers, shape, ints=0, n=5):
@@ -194,7 +196,7 @@ def _attention(layer, **kwargs):
         h = L.Add()([x, layer(**kwargs)(x, x, use_causal_mask=True)])
         h = L.LayerNormalization()(h)
         h = L.Add()([h, layer(**kwargs)(h, memory)])
-        h = L.Dense(4, activation="gelu")(L.RMSNormalization()(h))
+        h = L.Dense(4, activation="gelu")(RMSNormalization()(h))
         model = keras.Model([x, memory], L.Dense(2)(L.GlobalAveragePooling1D()(h)))
         data = [rng.normal(size=(4, 5, 6)), rng.normal(size=(4, 4, 6))]
         return model, data, rng.normal(size=(4, 2))
@@ -303,7 +305,7 @@ ZOO = {
     "group_norm": _stack(
         lambda: L.GroupNormalization(groups=2), lambda: L.Activation("tanh"), shape=(4, 3, 6)
     ),
-    "rms_norm": _line(L.RMSNormalization),
+    "rms_norm": _line(RMSNormalization),
     "unit_scale_only": _line(L.LayerNormalization, center=False),
     "batch_norm": _with_statistics(L.BatchNormalization, (5, 4, 3)),
     "batch_norm_axis": _with_statistics(lambda: L.BatchNormalization(axis=1), (4, 3)),
@@ -331,9 +333,6 @@ ZOO = {
     "shared": _shared,
     "shared_convolution": _shared_convolution,
     "shared_embedding": _shared_embedding,
-    "tied_embedding": _tied_embedding(),
-    "tied_embedding_capped": _tied_embedding(logit_soft_cap=2.0),
-    "reversed_embedding_of_its_own": _tied_embedding(tie_weights=False),
     "nested": _nested,
     "frozen_layers": _frozen_layers,
     "stopped_gradient": _stopped_gradient,
@@ -341,6 +340,12 @@ ZOO = {
     "custom": _stack(Mixer, shape=(4,)),
     "overridden": _stack(lambda: Louder(3), lambda: L.Activation("tanh"), shape=(4,)),
 }
+if hasattr(L, "ReversibleEmbedding"):
+    ZOO |= {
+        "tied_embedding": _tied_embedding(),
+        "tied_embedding_capped": _tied_embedding(logit_soft_cap=2.0),
+        "reversed_embedding_of_its_own": _tied_embedding(tie_weights=False),
+    }
 
 # TensorFlow has channels-first kernels on accelerators only, but the rules and oneDNN run them.
 CHANNELS_FIRST = {

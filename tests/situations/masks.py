@@ -156,7 +156,8 @@ def grouped():
     x = keras.Input([6, 3])
     h = L.Dense(4)(x)
     h = L.GroupQueryAttention(2, 4, 2)(h, h)
-    return keras.Model(x, L.Dense(2)(L.GlobalMaxPooling1D()(L.RMSNormalization()(h))))
+    norm = getattr(L, "RMSNormalization", L.LayerNormalization)()  # not in the oldest Keras
+    return keras.Model(x, L.Dense(2)(L.GlobalMaxPooling1D()(norm(h))))
 
 
 case(
