@@ -68,8 +68,8 @@ def feature_terms(model, layer, loss_fn, learning_rate: float, microbatches) -> 
     >>> from tf_gsnr.gradients import examples
     >>> from tf_gsnr.models import per_example
     >>> model = keras.Sequential([keras.Input([2]), keras.layers.Dense(3), keras.layers.Dense(1)])
-    >>> micro-batches = examples.stack_microbatches(np.ones([4, 2], "f4"), np.ones([4, 1], "f4"), 4)
-    >>> terms = feature_terms(model, model.layers[1], per_example("mse"), 0.1, micro-batches)
+    >>> data = examples.stack_microbatches(np.ones([4, 2], "f4"), np.ones([4, 1], "f4"), 4)
+    >>> terms = feature_terms(model, model.layers[1], per_example("mse"), 0.1, data)
     >>> terms.own_weight.shape, bool(tf.reduce_all(terms.own_weight * model.layers[1].kernel <= 0))
     (TensorShape([3, 1]), True)
     """
