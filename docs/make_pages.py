@@ -1,7 +1,6 @@
-"""Writes docs/api.md and docs/numbers.md from what the code says of itself, and the README's table of
-results from RESULTS.md.
+"""Makes docs/api.md and docs/numbers.md of what the code says of itself.
 
-python docs/make_pages.py
+And the README's table of results of RESULTS.md: `python docs/make_pages.py`.
 """
 
 from __future__ import annotations
