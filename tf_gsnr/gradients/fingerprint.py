@@ -12,7 +12,8 @@ import tensorflow as tf
 
 from tf_gsnr.gradients import network
 
-SMALL = 4096  # bytes of an array that is compared by its values, larger ones by identity
+SMALL = 4096  # bytes of an array, and
+FEW = 1000  # entries of a list or dict, that are compared by their values; more by identity
 
 
 def of(model, loss) -> dict:
@@ -41,11 +42,13 @@ def _value(value):
         return repr(value)  # NaN is not equal to itself
     if value is None or isinstance(value, (bool, int, str, bytes, complex)):
         return type(value).__name__, value
+    if isinstance(value, (list, tuple, dict)) and len(value) > FEW:
+        return id(value), len(value)
     if isinstance(value, (list, tuple)):
         return tuple(map(_value, value))
     if isinstance(value, dict):
         return tuple((str(k), _value(v)) for k, v in value.items())
-    if isinstance(value, np.ndarray) and value.nbytes <= SMALL and value.dtype != object:
+    if isinstance(value, np.ndarray) and value.nbytes <= SMALL and not value.dtype.hasobject:
         return value.dtype.str, value.shape, value.tobytes()
     if isinstance(value, (tf.DType, tf.TensorShape)):
         return str(value)
