@@ -57,7 +57,7 @@ def test_the_page_runs_from_top_to_bottom(place, monkeypatch):
     done = subprocess.run(
         [sys.executable, "-m", "tf_gsnr.report"],
         cwd=place,
-        env=os.environ | {"PYTHONPATH": str(PAGE.parents[2])},
+        env=os.environ | {"PYTHONPATH": str(PAGE.parents[1])},
         capture_output=True,
         text=True,
     )
