@@ -224,14 +224,14 @@ def from_function(reference: str, data_dir: str | None = None) -> Source:
     Raises:
       ValueError: no such function, or one that returns something else.
     """
-    found = lookup.function("dataset", reference, ("data_dir",))(data_dir)
-    if isinstance(found, Source):
-        return found
+    given_back = lookup.function("dataset", reference, ("data_dir",))(data_dir)
+    if isinstance(given_back, Source):
+        return given_back
     try:
-        (train_x, train_y), (test_x, test_y) = found
+        (train_x, train_y), (test_x, test_y) = given_back
     except (TypeError, ValueError):
         raise ValueError(
-            f"--dataset={reference}: it returned {type(found).__name__}; expected "
+            f"--dataset={reference}: it returned {type(given_back).__name__}; expected "
             "((x_train, y_train), (x_test, y_test)) or a tf_gsnr.data.Source"
         ) from None
     return from_arrays((train_x, train_y), (test_x, test_y), name=f"--dataset={reference}")
@@ -245,19 +245,19 @@ def from_tfds(name: str, data_dir: str | None = None) -> Source:
 
 def _has_network(seconds: float = 10) -> bool:
     """Whether the host that TensorFlow Datasets asks first can be found, or a proxy is set."""
-    found = threading.Event()
+    answer = threading.Event()
 
     def look_up():
         try:
             socket.getaddrinfo("storage.googleapis.com", 443)
-            found.set()
+            answer.set()
         except OSError:
             pass
 
     thread = threading.Thread(target=look_up, daemon=True)
     thread.start()
     thread.join(seconds)
-    return found.is_set() or bool(urllib.request.getproxies())
+    return answer.is_set() or bool(urllib.request.getproxies())
 
 
 def _read_tfds(name, data_dir):
@@ -304,6 +304,8 @@ def _read_tfds(name, data_dir):
         )
     splits = []
     for split in ("train", "test"):
-        whole = tfds.as_numpy(builder.as_dataset(split=split, batch_size=-1, as_supervised=True))
-        splits.append((whole[0], whole[1].astype(np.int64)))
+        train_and_test = tfds.as_numpy(
+            builder.as_dataset(split=split, batch_size=-1, as_supervised=True)
+        )
+        splits.append((train_and_test[0], train_and_test[1].astype(np.int64)))
     return *splits, features["label"].num_classes

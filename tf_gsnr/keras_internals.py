@@ -36,8 +36,8 @@ def _part(owner, name):
 
 def layers_in(layer, include_self: bool = True) -> list:
     """Every layer in a layer, itself and those inside other layers included, each once."""
-    found = _part(layer, "_flatten_layers")(include_self=include_self)
-    return list({id(one): one for one in found}.values())
+    layers = _part(layer, "_flatten_layers")(include_self=include_self)
+    return list({id(one): one for one in layers}.values())
 
 
 def layers_directly_in(layer) -> list:

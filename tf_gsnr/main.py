@@ -299,13 +299,13 @@ def _quieten_tensorflow():
 
 def _finish(experiment, directory):
     """Summary, table and figure of all records of the run."""
-    found = directory.records()
+    all_records = directory.records()
     directory.write_json(
-        "summary.json", {"experiment": FLAGS.experiment, **experiment.summary(found)}
+        "summary.json", {"experiment": FLAGS.experiment, **experiment.summary(all_records)}
     )
     file = directory.path / "figures" / f"{FLAGS.experiment}.png"
-    figure = plots.draw(experiment, found, file)
-    print(experiment.table(found))
+    figure = plots.draw(experiment, all_records, file)
+    print(experiment.table(all_records))
     print(f"\nrecords: {directory.path / 'records.jsonl'}\nfigure:  {figure}")
     return directory
 

@@ -327,13 +327,15 @@ def osgr_from_gsnr(list_of_moments) -> float:
     variances = zip(*(arrays.wide(m.variance()) for m in list_of_moments))
     square = [np.mean([g**2 for g in gs], axis=0) for gs in means]
     variance = [np.mean(vs, axis=0) for vs in variances]
-    whole = sum(s.sum() for s in square)
+    total_square = sum(s.sum() for s in square)
     total = 0.0
     for s, v in zip(square, variance):
         ratio = arrays.divide(s, v, np.nan) - 1 / n  # r_j
-        weight = s / whole  # W_j
+        weight = s / total_square  # W_j
         total += np.sum(np.where((v > 0) & (s > 0), weight / (ratio + 1 / n), 0))
-        total += np.sum(np.where(s > 0, 0, v)) / whole  # the limit where the mean gradient is zero
+        total += (
+            np.sum(np.where(s > 0, 0, v)) / total_square
+        )  # the limit where the mean gradient is zero
     return float(1 - total / n)
 
 
@@ -422,13 +424,13 @@ def summarize(moments: Moments, model) -> dict:
     (19.09, 21.6, 0)
     """
     ratios, plain = gsnr(moments), gsnr(moments, bias_corrected=False)
-    whole, whole_plain = arrays.flat(ratios), arrays.flat(plain)
+    all_ratios, whole_plain = arrays.flat(ratios), arrays.flat(plain)
     mean = _shown_mean(moments, ratios)
-    hidden = arrays.namespace(whole).isnan(mean)
+    hidden = arrays.namespace(all_ratios).isnan(mean)
     record = {"count": arrays.scalar(moments.count), "loss": arrays.scalar(moments.loss)}
     record["gsnr/mean"] = arrays.scalar(mean)
     for name, q in (("median", 0.5), ("p95", 0.95)):
-        value = arrays.quantile(whole, q)
+        value = arrays.quantile(all_ratios, q)
         record[f"gsnr/{name}"] = arrays.scalar(arrays.choose(hidden, mean, value))
     for index, variable in enumerate(model.trainable_variables):
         value = _shown_mean(moments, ratios, index)
@@ -437,7 +439,7 @@ def summarize(moments: Moments, model) -> dict:
         for name, corrected in (("same_sign", True), ("same_sign_plain", False)):
             shares = arrays.flat(same_sign(moments, corrected))
             record[f"{name}/mean"] = arrays.mean(shares)
-    xp = arrays.namespace(whole)
+    xp = arrays.namespace(all_ratios)
     record |= {
         "noise_scale": noise_scale(moments),
         "osgr_predicted": osgr(moments),
@@ -447,7 +449,7 @@ def summarize(moments: Moments, model) -> dict:
         "noise_scale_plain": noise_scale(moments, bias_corrected=False),
         "osgr_predicted_plain": osgr_predicted(moments),
         "gradient_diversity": gradient_diversity(moments),
-        "parameters": int(np.prod(whole.shape)),
+        "parameters": int(np.prod(all_ratios.shape)),
         "dead": arrays.scalar(sum(xp.sum(xp.where(v == 0, 1, 0)) for v in moments.m2)),
     }
     record |= {f"gap_share/{k}": v for k, v in gap_shares(moments, model).items()}
@@ -456,7 +458,7 @@ def summarize(moments: Moments, model) -> dict:
 
 def why_nan(moments: Moments, model, record: dict) -> dict:
     """Why numbers of `summarize` are NaN: `{reason: [names]}`."""
-    found = {}
+    reasons = {}
     varies = {
         f"gsnr/{v.path}": np.sum(m2) > 0 for v, m2 in zip(model.trainable_variables, moments.m2)
     }
@@ -466,8 +468,8 @@ def why_nan(moments: Moments, model, record: dict) -> dict:
         if shown and np.isnan(value):
             varied = varies.get(name, anything)
             why = why_not_told(int(moments.count), 1) if varied else NOTHING_VARIES
-            found.setdefault(why, []).append(name)
-    return found
+            reasons.setdefault(why, []).append(name)
+    return reasons
 
 
 def _shown_mean(moments, ratios, index=None):

@@ -209,8 +209,8 @@ def per_example(loss):
     >>> per_example("mse")(tf.constant([[0.0]]), tf.constant([[3.0]])).numpy().tolist()
     [9.0]
     """
-    found = keras.losses.get(loss)
-    return found.call if isinstance(found, keras.losses.Loss) else found
+    losses = keras.losses.get(loss)
+    return losses.call if isinstance(losses, keras.losses.Loss) else losses
 
 
 def build(name: str, input_shape, outputs: int, width: int, seed: int) -> keras.Model:

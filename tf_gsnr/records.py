@@ -78,9 +78,9 @@ class RunDirectory:
         file = self.path / "records.jsonl"
         if file.exists():
             text = file.read_bytes()
-            whole = text[: text.rfind(b"\n") + 1]
-            if whole != text:
-                _replace(file, whole)
+            complete = text[: text.rfind(b"\n") + 1]
+            if complete != text:
+                _replace(file, complete)
 
     def write_config(self, environment: dict):
         """Writes config.json: the settings and what they ran on; the time taken so far is kept."""

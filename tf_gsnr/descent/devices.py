@@ -188,9 +188,9 @@ def check_same_start(strategy, place, path):
     """
     text = json.dumps(place, sort_keys=True).encode()
     digest = np.frombuffer(hashlib.sha256(text).digest(), np.int64)[np.newaxis]
-    own = strategy.experimental_distribute_values_from_function(lambda _: tf.constant(digest))
-    found = strategy.gather(own, axis=0).numpy()
-    if (found != found[0]).any():
+    digests = strategy.experimental_distribute_values_from_function(lambda _: tf.constant(digest))
+    gathered = strategy.gather(digests, axis=0).numpy()
+    if (gathered != gathered[0]).any():
         raise ValueError(
             f"the processes of --strategy=multi_worker do not start from the same place: {path} "
             "and the other processes' run directories differ in their flags or in what they have "

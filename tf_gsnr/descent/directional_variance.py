@@ -68,8 +68,8 @@ def directions(parameters: Sequence, seed, k) -> list:
     seed = tf.random.experimental.stateless_fold_in(seed, k)
 
     def signs(place, v):
-        own = tf.random.experimental.stateless_fold_in(seed, place)
-        bits = tf.random.stateless_uniform(v.shape, own, 0, 2, tf.int32)
+        seed_here = tf.random.experimental.stateless_fold_in(seed, place)
+        bits = tf.random.stateless_uniform(v.shape, seed_here, 0, 2, tf.int32)
         return tf.cast(2 * bits - 1, v.dtype)
 
     return [signs(place, v) for place, v in enumerate(parameters)]

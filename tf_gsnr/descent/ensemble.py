@@ -41,8 +41,8 @@ def each(function: Callable, *own):
     [11, 22]
     """
     if tf.nest.flatten(own)[0].shape[0] == 1:
-        found = function(*tf.nest.map_structure(lambda v: tf.squeeze(v, 0), own))
-        return tf.nest.map_structure(lambda v: tf.expand_dims(v, 0), found)
+        results = function(*tf.nest.map_structure(lambda v: tf.squeeze(v, 0), own))
+        return tf.nest.map_structure(lambda v: tf.expand_dims(v, 0), results)
     with converters.vectorised_ops():
         return tf.vectorized_map(lambda own: function(*own), own)
 
@@ -70,7 +70,7 @@ def grouped(function: Callable, size_of: Callable, jit_compile: bool) -> Callabl
             lambda v: tf.reshape(tf.gather(v, rows), [groups, size, *v.shape[1:]]), own
         )
         first = tf.nest.map_structure(lambda v: v[0], cut)
-        found = tf.map_fn(
+        results = tf.map_fn(
             lambda own: group(own, shared),
             cut,
             fn_output_signature=tf.nest.map_structure(
@@ -80,7 +80,7 @@ def grouped(function: Callable, size_of: Callable, jit_compile: bool) -> Callabl
             parallel_iterations=_side_by_side(),
         )
         return tf.nest.map_structure(
-            lambda v: tf.reshape(v, [groups * size, *v.shape[2:]])[:m], found
+            lambda v: tf.reshape(v, [groups * size, *v.shape[2:]])[:m], results
         )
 
     return whole
@@ -112,8 +112,8 @@ def group_size(model, x) -> int:
         if operation.type not in ("Const", "Placeholder", "ReadVariableOp")
         for output in operation.outputs
     )
-    whole = ACCELERATOR_BYTES if _accelerated() else CACHE_BYTES
-    return max(1, whole // (12 * (x.shape[0] * activations + model.count_params())))
+    available = ACCELERATOR_BYTES if _accelerated() else CACHE_BYTES
+    return max(1, available // (12 * (x.shape[0] * activations + model.count_params())))
 
 
 def pays(model, input_shape) -> bool:

@@ -91,8 +91,10 @@ def of_microbatch(model, loss, engine="auto") -> OfMicrobatch:
             tape.watch(parameters)
             losses = training_losses(weights, x, y, valid)
             total = tf.reduce_sum(tf.where(valid, losses, 0))
-        found = tape.gradient(total, parameters, unconnected_gradients=tf.UnconnectedGradients.ZERO)
-        return summed(losses, valid), [tf.convert_to_tensor(g) for g in found]
+        gradients = tape.gradient(
+            total, parameters, unconnected_gradients=tf.UnconnectedGradients.ZERO
+        )
+        return summed(losses, valid), [tf.convert_to_tensor(g) for g in gradients]
 
     def moments(weights, x, y, valid):
         with at(weights):

@@ -103,8 +103,8 @@ def build_ensemble(
         def one(weights, x, y, valid):
             with of_microbatch.at(weights):
                 _, statistics = recalibration.forward(model, x, valid)
-            found = {id(variable): value for variable, value in statistics}
-            return [found.get(id(v), w) for v, w in zip(model.weights, weights)]
+            by_variable = {id(variable): value for variable, value in statistics}
+            return [by_variable.get(id(v), w) for v, w in zip(model.weights, weights)]
 
         weights, x, y, valid = own[0], *batched(*own[1:], *shared)
         return each(lambda w, x, y: one(w, x[0], y[0], valid[0]), weights, x, y)
@@ -138,13 +138,13 @@ def build_ensemble(
         (weights,), (x, y, valid) = own, shared
         shape = [weights[0].shape[0], valid.shape[1]]
         signature = tf.TensorSpec(shape, weights[0].dtype)
-        found = tf.map_fn(
+        each_loss = tf.map_fn(
             microbatch,
             (x, y),
             fn_output_signature=signature,
             parallel_iterations=microbatches.SIDE_BY_SIDE,
         )
-        return tf.transpose(found, [1, 0, 2])
+        return tf.transpose(each_loss, [1, 0, 2])
 
     def grouped(function, x_of, jit_compile):
         def size_of(own, shared):
@@ -269,8 +269,8 @@ def build(model, loss, learning_rate: float, *, engine="auto", jit_compile=False
 
     @graph
     def descend(data, steps, last_loss):
-        found, loss, rises = one.descend(weights(), own(data), steps, last_loss[tf.newaxis])
-        assign(found)
+        new_weights, loss, rises = one.descend(weights(), own(data), steps, last_loss[tf.newaxis])
+        assign(new_weights)
         return loss[0], rises[0]
 
     @graph

@@ -122,8 +122,8 @@ def agreeing(model, moments, gradients) -> set:
         )
     return {
         j
-        for j, (found, gradient) in enumerate(zip(status, gradients))
-        if found == conservation.AGREES or gradient is None and found == conservation.ZERO
+        for j, (outcome, gradient) in enumerate(zip(status, gradients))
+        if outcome == conservation.AGREES or gradient is None and outcome == conservation.ZERO
     }
 
 

@@ -74,11 +74,11 @@ def explain(model: keras.Model) -> Table:
 
 def _units(model):
     """The model's units but for those inside of others."""
-    whole = layerwise.whole_layers(model)
+    opaque = layerwise.whole_layers(model)
     inside = {
-        id(one) for layer in whole for one in keras_internals.layers_in(layer, include_self=False)
+        id(one) for layer in opaque for one in keras_internals.layers_in(layer, include_self=False)
     }
-    units = capture.units_of(model, whole, rules.activation_of)
+    units = capture.units_of(model, opaque, rules.activation_of)
     return [unit for unit in units if id(unit.layer) not in inside]
 
 

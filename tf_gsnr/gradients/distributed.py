@@ -181,8 +181,8 @@ def all_reduce(moments: Moments) -> Moments:
     loss, *mean = [v / weight(v.dtype)[1] for v in means]
     m2 = sum_over_replicas(
         [
-            spread + weight(spread.dtype)[0] * tf.square(own - center)
-            for spread, own, center in zip(moments.m2, moments.mean, mean)
+            spread + weight(spread.dtype)[0] * tf.square(own_mean - center)
+            for spread, own_mean, center in zip(moments.m2, moments.mean, mean)
         ]
     )
     counts = map(sum_over_replicas, (moments.positives, moments.negatives))

@@ -72,7 +72,9 @@ def examine(model, loss, batch, seeds, modes, *, training, contributions) -> Exa
     with _restored(v.value for v in model.variables), modes:
         _assign_seeds(model, seeds)
         with tf.GradientTape(persistent=True) as tape:
-            with capture.watching(model, [], tape, n, training=training, all_outputs=True) as found:
+            with capture.watching(
+                model, [], tape, n, training=training, all_outputs=True
+            ) as seen_pass:
                 predictions = model(x, training=training)
             adds = losses.adds(model) and not contributions
             if adds:  # of which there is one for all examples
@@ -84,7 +86,7 @@ def examine(model, loss, batch, seeds, modes, *, training, contributions) -> Exa
                 value = tf.reduce_sum(tf.where(valid, each, 0))
         gradients = tape.gradient(value, [v.value for v in model.trainable_variables])
         gradients = [None if g is None else np.asarray(tf.convert_to_tensor(g)) for g in gradients]
-        layers, outputs = zip(*found.outputs) if found.outputs else ((), ())
+        layers, outputs = zip(*seen_pass.outputs) if seen_pass.outputs else ((), ())
         seen = independence.rows_seen(tape, predictions, list(outputs), n) if n > 1 else []
         del tape
         mixing = independence.mixing_layer(layers, seen) if seen else None
@@ -93,14 +95,14 @@ def examine(model, loss, batch, seeds, modes, *, training, contributions) -> Exa
             _assign_seeds(model, seeds)
             few = model(examples.rows(x, slice(0, n // 2)), training=training)
             if _same(few, predictions):
-                own = [
+                scrambled_layers = [
                     layer
                     for layer, one in zip(layers, seen)
                     if one is not None
                     and independence.is_foreign(one)
                     and layer.trainable_variables
                 ]
-                mixing, scrambled = None, own[0] if own else None
+                mixing, scrambled = None, scrambled_layers[0] if scrambled_layers else None
             else:
                 mixing = mixing or model
         errors = []

@@ -18,15 +18,15 @@ FEW = 1000  # entries of a list or dict, that are compared by their values; more
 
 def of(model, loss) -> dict:
     """`(id of the owner, name) -> value` of all public attributes of the layers and the loss."""
-    found = {}
+    attributes = {}
     for layer in network.layers(model):
         kept = vars(layer)
-        found |= {(id(layer), k): _value(v) for k, v in kept.items() if not k.startswith("_")}
-        found[id(layer), ""] = layer.trainable, layer.compute_dtype
+        attributes |= {(id(layer), k): _value(v) for k, v in kept.items() if not k.startswith("_")}
+        attributes[id(layer), ""] = layer.trainable, layer.compute_dtype
     for one in keras.tree.flatten(loss):
         if isinstance(one, keras.losses.Loss):
-            found |= {(id(one), k): _value(v) for k, v in vars(one).items()}
-    return found
+            attributes |= {(id(one), k): _value(v) for k, v in vars(one).items()}
+    return attributes
 
 
 def changed(before: dict, after: dict) -> set:

@@ -49,21 +49,21 @@ def rows_seen(tape, predictions, tensors, n: int) -> list:
                 terms = tf.boolean_mask(output * tf.cast(factors, output.dtype), chosen)
                 total.append(tf.cast(tf.reduce_sum(terms), tf.float64))
         target = tf.add_n(total)
-    found: list[Seen | None] = []
+    seen: list[Seen | None] = []
     for gradient in tape.gradient(target, tensors):
         rows = None if gradient is None or not gradient.shape.rank else gradient.shape[0]
         if not rows or rows % n:
-            found.append(None)
+            seen.append(None)
             continue
         squares = tf.square(tf.cast(tf.convert_to_tensor(gradient), tf.float32))
         squares = tf.reduce_mean(tf.reshape(squares, [n, -1]), 1)
-        found.append(
+        seen.append(
             Seen(
                 tf.reduce_mean(tf.boolean_mask(squares, chosen)),
                 tf.reduce_mean(tf.boolean_mask(squares, ~chosen)),
             )
         )
-    return found
+    return seen
 
 
 def mixing_layer(layers, seen):
@@ -108,16 +108,16 @@ def loss_coupling(tape, loss, predictions, n: int):
                 terms = tf.boolean_mask(gradient * tf.cast(factors, gradient.dtype), chosen)
                 total.append(tf.cast(tf.reduce_sum(terms), tf.float64))
         target = tf.add_n(total)
-    own, foreign = [], []
+    of_chosen, foreign = [], []
     for gradient in tape.gradient(target, outputs):
         if gradient is not None:
             squares = tf.square(tf.cast(tf.convert_to_tensor(gradient), tf.float64))
             squares = tf.reduce_mean(tf.reshape(squares, [n, -1]), 1)
-            own.append(tf.reduce_mean(tf.boolean_mask(squares, chosen)))
+            of_chosen.append(tf.reduce_mean(tf.boolean_mask(squares, chosen)))
             foreign.append(tf.reduce_mean(tf.boolean_mask(squares, ~chosen)))
-    if not own:
+    if not of_chosen:
         return None
-    return Seen(*(tf.cast(tf.add_n(v), tf.float32) for v in (own, foreign)))
+    return Seen(*(tf.cast(tf.add_n(v), tf.float32) for v in (of_chosen, foreign)))
 
 
 def loss_apart(loss, x, y, predictions, sample_weight, training, n: int) -> list:
@@ -129,13 +129,13 @@ def loss_apart(loss, x, y, predictions, sample_weight, training, n: int) -> list
     if n < 2:
         return []
     outputs = real(predictions)
-    whole = _loss_gradient(loss, x, y, predictions, sample_weight, training)
+    of_batch = _loss_gradient(loss, x, y, predictions, sample_weight, training)
     errors = []
     for rows in (slice(0, n // 2), slice(n // 2, n)):
         data = examples.rows((x if loss.uses_inputs else None, y, sample_weight), rows)
         part = keras.tree.map_structure(lambda p: _masked_rows(p, rows), predictions)  # noqa: B023
         alone = _loss_gradient(loss, data[0], data[1], part, data[2], training)
-        among = [g[rows] for g, p in zip(whole, outputs) if p.shape.rank]
+        among = [g[rows] for g, p in zip(of_batch, outputs) if p.shape.rank]
         alone = [g for g, p in zip(alone, outputs) if p.shape.rank]
         product = tf.add_n([tf.reduce_sum(a * b) for a, b in zip(among, alone)])
         square = tf.add_n([tf.reduce_sum(b * b) for b in alone])

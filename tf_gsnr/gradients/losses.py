@@ -68,8 +68,8 @@ def of_batch(model, loss=None) -> OfBatch:
     """
     if loss is None:
         owner = model
-        own = model.__class__.compute_loss is not keras.Model.compute_loss
-        if not own and not getattr(model, "compiled", False):
+        overrides_loss = model.__class__.compute_loss is not keras.Model.compute_loss
+        if not overrides_loss and not getattr(model, "compiled", False):
             raise ValueError(
                 f"loss=None, and model {getattr(model, 'name', model)!r} is not compiled with one: "
                 "pass loss= a Keras loss, its name, or a callable (y_true, y_pred) -> [batch], or "
@@ -83,8 +83,8 @@ def of_batch(model, loss=None) -> OfBatch:
 
 def needs_targets(model, loss=None) -> bool:
     """Whether outputs are compared with targets: not so by what the model adds or makes itself."""
-    own = model.__class__.compute_loss is not keras.Model.compute_loss
-    return loss is not None or not own and getattr(model, "loss", None) is not None
+    overrides_loss = model.__class__.compute_loss is not keras.Model.compute_loss
+    return loss is not None or not overrides_loss and getattr(model, "loss", None) is not None
 
 
 def _compiled(model, loss):

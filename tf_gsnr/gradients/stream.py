@@ -318,13 +318,13 @@ class Stream:
         def one(totals, scale, moments, bad, index, seed, x, y, weight, valid):
             seeds = network.seeds_for(reference(), seed, index)
             given = {} if scale is None else {"scale": scale}
-            found = measure(x, y, weight, valid, seeds, **given)
-            wrong = valid & ~tf.math.is_finite(found.losses)
+            measured = measure(x, y, weight, valid, seeds, **given)
+            wrong = valid & ~tf.math.is_finite(measured.losses)
             here = index * tf.size(valid, tf.int64) + tf.argmax(wrong, output_type=tf.int64)
             bad = tf.where((bad < 0) & tf.reduce_any(wrong), here, bad)
             if groups:
-                totals.add(found.sums)
-            more = found.moments if dtype is None else found.moments.astype(dtype)
+                totals.add(measured.sums)
+            more = measured.moments if dtype is None else measured.moments.astype(dtype)
             return moments.merge(more), bad
 
         def several(totals, scale, moments, bad, index, seed, *window):

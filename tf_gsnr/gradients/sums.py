@@ -104,21 +104,23 @@ def grouped(groups: Groups, values: dict) -> list:
 
 def apart(groups: Groups, values: Sequence, variables: Sequence) -> dict:
     """`{j: array}` of numpy arrays of the groups, in the variables' shapes."""
-    found = {}
+    by_variable = {}
     for group, value in zip(groups, values):
         ends = np.cumsum([product(variables[j].shape) for j in group])
         for j, part in zip(group, np.split(value.reshape(-1), ends[:-1])):
-            found[j] = part.reshape(variables[j].shape)
-    return found
+            by_variable[j] = part.reshape(variables[j].shape)
+    return by_variable
 
 
 def joined(of_groups: Sequence, others: Moments, groups: Groups, variables: Sequence) -> Moments:
     """Moments of all variables: of those in groups as `Sums.moments` has them, others in turn."""
     lists = []
     for values, rest in zip(of_groups, others[2:]):
-        found, others_in_turn = apart(groups, values, variables), iter(rest)
-        count = len(found) + len(rest)
-        lists.append([found[j] if j in found else next(others_in_turn) for j in range(count)])
+        by_variable, others_in_turn = apart(groups, values, variables), iter(rest)
+        count = len(by_variable) + len(rest)
+        lists.append(
+            [by_variable[j] if j in by_variable else next(others_in_turn) for j in range(count)]
+        )
     return Moments(others.count, others.loss, *lists)
 
 

@@ -24,8 +24,10 @@ def curves(records, name):
     """`(epochs [k], values [seeds, k])` of a field where it is, for all seeds that are complete."""
     seeds = by([r for r in records if name in r], "seed")
     longest = max(map(len, seeds.values()), default=0)
-    whole = [sorted(g, key=lambda r: r["epoch"]) for g in seeds.values() if len(g) == longest]
-    return column(whole[0] if whole else [], "epoch"), np.array([column(g, name) for g in whole])
+    complete = [sorted(g, key=lambda r: r["epoch"]) for g in seeds.values() if len(g) == longest]
+    return column(complete[0] if complete else [], "epoch"), np.array(
+        [column(g, name) for g in complete]
+    )
 
 
 def over_seeds(values):

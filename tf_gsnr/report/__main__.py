@@ -43,10 +43,10 @@ def write(directories, output, figures=None, html=None) -> list[Path]:
     html = Path(html) if html else output.with_suffix(".html")
     if html == output:
         raise ValueError(f"--output={output}: it is Markdown; the page beside it ends in .html")
-    found = [run for run in runs.find(directories) if _is_shown(run)]
-    if not found:
+    shown_runs = [run for run in runs.find(directories) if _is_shown(run)]
+    if not shown_runs:
         raise ValueError(f"no run in {', '.join(map(str, directories))} has a record to show")
-    blocks = results.document(found, figures or output.parent / "docs" / "results")
+    blocks = results.document(shown_runs, figures or output.parent / "docs" / "results")
     for file, text in (
         (output, document.markdown(blocks, output.parent)),
         (html, document.html(blocks, "tf_gsnr: results")),

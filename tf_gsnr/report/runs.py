@@ -55,12 +55,12 @@ def find(paths) -> list[Run]:
     Raises:
       ValueError: a path that is no directory, holds no run, or is named and is no run.
     """
-    found = []
+    runs_found = []
     for path in map(Path, paths):
         if not path.is_dir():
             raise ValueError(f"{path}: no such directory")
         if (path / "config.json").exists():
-            found.append(read(path))
+            runs_found.append(read(path))
             continue
         below = [p for p in sorted(path.iterdir()) if p.is_dir()]
         runs = [run for run in map(_read_or_say, below) if run]
@@ -69,8 +69,8 @@ def find(paths) -> list[Run]:
                 f"{path}: neither a run directory nor one that holds some. A run makes one: "
                 "python -m tf_gsnr.main --flagfile=flags/quickstart.flags"
             )
-        found += runs
-    return join(found)
+        runs_found += runs
+    return join(runs_found)
 
 
 def _read_or_say(path):

@@ -191,9 +191,9 @@ class GSNRCallback(keras.callbacks.Callback):
     def on_train_batch_begin(self, batch, logs=None):
         due = self._due_step(self._step)
         if due or self._epoch_step:
-            found = self._measure(record=due and self._test is None)
+            measurement = self._measure(record=due and self._test is None)
             if self._test is not None:
-                self._before = (*found, *self._both_losses())
+                self._before = (*measurement, *self._both_losses())
         self._epoch_step = False
         self._batch = batch
 
@@ -208,10 +208,10 @@ class GSNRCallback(keras.callbacks.Callback):
 
     def on_epoch_end(self, epoch, logs=None):
         if self._due_epoch(epoch + 1):
-            _, found = self._measure(record=False)
+            _, record = self._measure(record=False)
             if self._first_gap is not None:
-                found = found | self._gaps(*self._both_losses())
-            self._record(found)
+                record = record | self._gaps(*self._both_losses())
+            self._record(record)
         for why, names in self._untold.items():
             logging.warning("epoch %d: %s: %s", epoch + 1, ", ".join(names), why)
         self._into(logs)
@@ -222,25 +222,29 @@ class GSNRCallback(keras.callbacks.Callback):
 
     def _measure(self, record: bool):
         try:
-            moments, found = probe.measure(self.model, self._x, self._y, **self._options)
+            moments, record_of_moments = probe.measure(
+                self.model, self._x, self._y, **self._options
+            )
         except tf.errors.InvalidArgumentError as error:
             raise ValueError(
                 f"the probe set does not fit model {self.model.name!r}: {error.message}"
             ) from error
-        found["osgr_predicted"] = metrics.osgr(moments, self._examples)
-        self._latest |= {shown.in_logs(k): v for k, v in found.items() if self._is_logged(k)}
+        record_of_moments["osgr_predicted"] = metrics.osgr(moments, self._examples)
+        self._latest |= {
+            shown.in_logs(k): v for k, v in record_of_moments.items() if self._is_logged(k)
+        }
         self._untold = {}
-        for why, names in metrics.why_nan(moments, self.model, found).items():
+        for why, names in metrics.why_nan(moments, self.model, record_of_moments).items():
             names = [shown.in_logs(name) for name in names if self._is_logged(name)]
             if names:
                 self._untold[f"{why}; a larger probe set tells more"] = names
         if record:
-            self._record(found)
+            self._record(record_of_moments)
         if self._writer is not None:
             tensorboard.write_tensorboard(
-                self._writer, moments, self.model, self._step, record=found
+                self._writer, moments, self.model, self._step, record=record_of_moments
             )
-        return moments, found
+        return moments, record_of_moments
 
     def _columns(self):
         """The names of all that will ever be logged."""
@@ -263,7 +267,7 @@ class GSNRCallback(keras.callbacks.Callback):
 
     def _after(self, steps):
         """What the step that was just made did to the losses."""
-        moments, found, probe_before, test_before = self._before
+        moments, record, probe_before, test_before = self._before
         self._before = None
         probe_loss, test_loss = self._both_losses()
         self._decreases.append((test_before - test_loss, probe_before - probe_loss))
@@ -279,7 +283,7 @@ class GSNRCallback(keras.callbacks.Callback):
         measured = {"osgr_measured": test_falls / probe_falls if probe_falls > 0 else math.nan}
         self._latest |= {shown.in_logs(name): value for name, value in measured.items()}
         self._record(
-            found
+            record
             | measured
             | gaps
             | {
@@ -296,9 +300,9 @@ class GSNRCallback(keras.callbacks.Callback):
         self._latest |= {shown.in_logs(name): value for name, value in gaps.items()}
         return gaps
 
-    def _record(self, found):
+    def _record(self, numbers):
         if self._directory is not None:
-            self._directory.append({"epoch": self._epoch, "step": self._step, **found})
+            self._directory.append({"epoch": self._epoch, "step": self._step, **numbers})
 
     def _into(self, logs):
         if logs is not None:

@@ -66,10 +66,10 @@ def measured(model, plan, meter, calls, ordinary, n, factor, alone):
 
 def _of_sample(sample, forms, n, sign_counts, variables, scales):
     """`Moments` of float64 vectors `[k]`, from the gradients of each example at these places."""
-    matrices, columns, found = [], [], {}
+    matrices, columns, by_variable = [], [], {}
     for v, (form, there) in enumerate(zip(forms, sample.places)):
-        found[v] = form.moments_at(there, n, sign_counts)
-        if found[v] is None:
+        by_variable[v] = form.moments_at(there, n, sign_counts)
+        if by_variable[v] is None:
             matrices.append((form, there))
             columns.append(v)
     dtype = tf.float64 if any(f.dtype == tf.float64 for f in forms) else tf.float32
@@ -81,8 +81,8 @@ def _of_sample(sample, forms, n, sign_counts, variables, scales):
     if parts:
         sizes = [there.size for _, there in matrices]
         split = [tf.split(concatenated(p, 0), sizes) for p in zip(*parts)]
-        found |= dict(zip(columns, zip(*split)))
-    values = [arrays.flat(v) for v in zip(*(found[v] for v in range(len(forms))))]
+        by_variable |= dict(zip(columns, zip(*split)))
+    values = [arrays.flat(v) for v in zip(*(by_variable[v] for v in range(len(forms))))]
     mean, m2, *signs = values
     signs = [[v] for v in signs] or [[], []]
     return Moments(tf.cast(n, tf.int64), tf.zeros([], tf.float64), [mean], [m2], *signs)
@@ -119,11 +119,11 @@ UNDERFLOWS_BELOW = 1e-28  # a sum of squares, some of which float32 may have los
 def _totals(sample, forms, ordinary, n):
     """|g|^2 and sum m2 of whole variables, float64 `[2, v]`; NaN where a sample has to do."""
     n, nothing = tf.cast(n, tf.float64), tf.constant(np.nan, tf.float64)
-    found = []
+    sums = []
     for form, there, gradient in zip(forms, sample.places, ordinary):
         squares = None if there.whole or gradient is None else form.cheap_squares()
         if squares is None:
-            found.append(tf.stack([nothing, nothing]))
+            sums.append(tf.stack([nothing, nothing]))
             continue
         if isinstance(gradient, tf.IndexedSlices) and _are_few(gradient, there.shape):
             whole = table(gradient, there.shape).cheap_squares()
@@ -131,8 +131,8 @@ def _totals(sample, forms, ordinary, n):
             whole = tf.cast(2 * tf.nn.l2_loss(tf.convert_to_tensor(gradient)), tf.float64)
         m2 = squares - whole / n
         clear = (m2 > CANCELS_BELOW * squares) & (tf.minimum(squares, whole) > UNDERFLOWS_BELOW)
-        found.append(tf.where(clear, tf.stack([whole / n**2, m2]), nothing))
-    return tf.stack(found, 1)
+        sums.append(tf.where(clear, tf.stack([whole / n**2, m2]), nothing))
+    return tf.stack(sums, 1)
 
 
 def _are_few(slices, shape):

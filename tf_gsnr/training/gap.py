@@ -130,9 +130,9 @@ def preconditioner(optimizer, gradients, sample):
         return sample.take(values)
 
     k = tf.cast(tf.maximum(tf.convert_to_tensor(optimizer.iterations), 1), tf.float64)
-    rate, own = step(optimizer, k, slot, gradients)
+    rate, of_parameters = step(optimizer, k, slot, gradients)
     batches = optimizer.gradient_accumulation_steps or 1  # an update is the mean of so many
-    return tf.cast(rate, tf.float64) / batches * _clipping(optimizer, gradients), own
+    return tf.cast(rate, tf.float64) / batches * _clipping(optimizer, gradients), of_parameters
 
 
 def _rate(optimizer):
@@ -165,8 +165,8 @@ def _adagrad(optimizer, k, slot, gradients):
 
 def _of_root(optimizer, v, share, gradient):
     """Of the step `lambda g / sqrt(v + epsilon)`, of whose v a share is g^2."""
-    own = _rest(share * tf.square(gradient), v) / tf.sqrt(v + optimizer.epsilon)
-    return _rate(optimizer), own
+    of_parameters = _rest(share * tf.square(gradient), v) / tf.sqrt(v + optimizer.epsilon)
+    return _rate(optimizer), of_parameters
 
 
 def _rest(part, whole):
@@ -186,8 +186,10 @@ def expected(variances, totals, factors, sample):
       factors: of `preconditioner`.
       sample: of the parameters.
     """
-    of_variables, own = factors
-    terms = totals if own is None else sample.sums(sample.weights * own * variances)
+    of_variables, of_parameters = factors
+    terms = (
+        totals if of_parameters is None else sample.sums(sample.weights * of_parameters * variances)
+    )
     terms *= of_variables
     known = tf.math.is_finite(terms)
     nothing = tf.constant(float("nan"), tf.float64)

@@ -259,7 +259,7 @@ class GSNRMeter(keras.metrics.Metric):
         )
         groups = {f"gsnr/{layer}": i for i, layer in enumerate(self._layers, 1)}
         varied = self._sums.numpy()[NOISE] > 0
-        found = {}
+        by_reason = {}
         for name, value in self.result().items():
             if not np.isnan(value):
                 continue
@@ -281,8 +281,8 @@ class GSNRMeter(keras.metrics.Metric):
                     f"{metrics.why_not_told(counted, steps)}; larger or more batches tell more, "
                     "as does GSNRCallback on a large probe set"
                 )
-            found.setdefault(why, []).append(name)
-        return [f"{', '.join(names)}: {why}" for why, names in found.items()]
+            by_reason.setdefault(why, []).append(name)
+        return [f"{', '.join(names)}: {why}" for why, names in by_reason.items()]
 
     def reset_state(self):
         """At an epoch's start: the sums are emptied, what counts from the start is kept."""

@@ -172,9 +172,9 @@ class _Training:
         verbose = {**bound.arguments, **given}.get("verbose", "auto")
         self.look_every = 0.0
         if isinstance(callbacks, keras.callbacks.CallbackList):
-            own = _Epochs(self)
-            own.set_model(model)
-            callbacks.callbacks.insert(0, own)
+            epochs = _Epochs(self)
+            epochs.set_model(model)
+            callbacks.callbacks.insert(0, epochs)
         elif "callbacks" in signature.parameters or rest:
             more = callbacks if isinstance(callbacks, (list, tuple)) else [callbacks]
             more = [c for c in more if c is not None]

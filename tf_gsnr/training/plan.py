@@ -52,7 +52,7 @@ def plan_for(model) -> Plan:
     return Plan(layerwise.whole_layers(model))
 
 
-def first_checks(plan, model, tape, found, loss, predictions, n, of_loss) -> dict:
+def first_checks(plan, model, tape, seen_pass, loss, predictions, n, of_loss) -> dict:
     """Whether examples act on each other, and where the rows of each call are.
 
     Args:
@@ -66,12 +66,12 @@ def first_checks(plan, model, tape, found, loss, predictions, n, of_loss) -> dic
     if not isinstance(n, int) or any("PyFunc" in op.type for op in operations()):
         return {}
     norms = network.batch_norms(model)
-    layers, outputs = ((), ()) if norms else _looked_at(found.outputs)
+    layers, outputs = ((), ()) if norms else _looked_at(seen_pass.outputs)
     plan.layers = list(layers)
-    folded = [call for call in found.calls if call.used and call.folded]
+    folded = [call for call in seen_pass.calls if call.used and call.folded]
     plan.folded = [call.layer for call in folded]
     places, counts = {}, {}
-    for call in found.calls:
+    for call in seen_pass.calls:
         k = counts[id(call.layer)] = counts.get(id(call.layer), -1) + 1
         places[id(call.layer), k] = call.fold
     known = {key: fold for key, fold in places.items() if isinstance(fold, int)}
@@ -123,8 +123,8 @@ def learn(model, plan: Plan, checks: dict, status) -> list[str]:
         told += _learn_rows(model, plan, checks)
     plan.whole, unseen = layerwise.wider(model, plan.whole, plan.missed)
     wrong = []
-    for variable, found in zip(model.trainable_variables, status):
-        if found == conservation.DIFFERS and id(variable) not in plan.unmeasured:
+    for variable, outcome in zip(model.trainable_variables, status):
+        if outcome == conservation.DIFFERS and id(variable) not in plan.unmeasured:
             wrong.append(variable)
     for variable in [*unseen, *wrong]:
         why = plan.reasons.get(id(variable), _OUTSIDE)

@@ -42,7 +42,7 @@ def measured(model, plan: Plan, meter, data, *, every: int = 1, due=True) -> dic
     variables = model.trainable_variables
     units = capture.units_of(model, plan.whole, rules.activation_of)
     with tf.GradientTape(persistent=True) as tape:
-        with capture.watching(model, units, tape, n, training=True, all_outputs=first) as found:
+        with capture.watching(model, units, tape, n, training=True, all_outputs=first) as seen_pass:
             predictions = _called(model, x)
             given = x, y, predictions, sample_weight
             given = as_traced(given, plan.hides_batch_size)
@@ -53,21 +53,21 @@ def measured(model, plan: Plan, meter, data, *, every: int = 1, due=True) -> dic
             tracker.update_state(loss * replicas(), sample_weight=n)
         scaled = model.optimizer.scale_loss(loss)
     end = len(operations())
-    watched = found.watched()
+    watched = seen_pass.watched()
     gradients = tape.gradient(scaled, [*watched, *(v.value for v in variables)])
     ordinary = gradients[len(watched) :]
-    found.set_gradients(gradients[: len(watched)])
+    seen_pass.set_gradients(gradients[: len(watched)])
 
     scale = loss_scale(model.optimizer)
     factor = _global(n) / scale  # c[n] = B / S times what passes through n
     alone = replicas() == 1
     moments, totals = contributions.measured(
-        model, plan, meter, found.calls, ordinary, n, factor, alone
+        model, plan, meter, seen_pass.calls, ordinary, n, factor, alone
     )
     checks = {}
     if first:
         of_loss = operations()[len(before) : end]
-        checks = first_checks(plan, model, tape, found, scaled, predictions, n, of_loss)
+        checks = first_checks(plan, model, tape, seen_pass, scaled, predictions, n, of_loss)
     del tape
 
     model.optimizer.apply_gradients(zip(ordinary, variables))
@@ -76,7 +76,7 @@ def measured(model, plan: Plan, meter, data, *, every: int = 1, due=True) -> dic
     if isinstance(model.optimizer, keras.optimizers.LossScaleOptimizer):
         # The optimiser skips a step whose scaled gradients overflow, and so does the meter.
         due &= _all_finite(ordinary)
-    due &= _rows_are_examples(found.calls, n)
+    due &= _rows_are_examples(seen_pass.calls, n)
     meter.advance(_global(n))
     gradients = None
     if meter.needs_optimizer and gap.needs_gradients(model.optimizer):

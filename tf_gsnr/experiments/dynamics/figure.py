@@ -26,16 +26,16 @@ def summary(records: list[dict]) -> dict:
       `same_sign_plain`, `step_sign`, `train_accuracy`, `test_accuracy`, each a list by epoch.
     """
     names = ("gsnr_plain/mean", "gsnr/mean", "same_sign_plain/mean", "step_sign/mean")
-    found = {}
+    by_network = {}
     for model, group in by(records, "model").items():
-        found[model] = {}
+        by_network[model] = {}
         for p_random, same in by(group, "p_random").items():
             epochs, values = curves(same, "gsnr_plain/mean")
-            found[model][str(p_random)] = {"seeds": len(values), "epochs": epochs.tolist()} | {
+            by_network[model][str(p_random)] = {"seeds": len(values), "epochs": epochs.tolist()} | {
                 name.removesuffix("/mean"): curves(same, name)[1].mean(0).tolist()
                 for name in (*names, "train_accuracy", "test_accuracy")
             }
-    return found
+    return by_network
 
 
 def table(records: list[dict]) -> str:
@@ -109,19 +109,19 @@ def _row(row, records, p_random):
 def claims(records: list[dict]) -> list[Claim]:
     """Figure 5's claims of each network, on its records with real labels and with random ones; of
     a single layer, section 3.1's. An unfinished run has those that it can test."""
-    found = []
+    all_claims = []
     for model, group in by(records, "model").items():
         shares = by(group, "p_random")
         real, random = shares.get(0.0, []), shares.get(1.0, [])
         if not any(r["epoch"] > 0 for r in real):
             continue
         if group[0]["layers"] == 1:
-            found.append(_declines(model, real))
+            all_claims.append(_declines(model, real))
             continue
-        found += [_rises(model, real), _signs(model, real)]
+        all_claims += [_rises(model, real), _signs(model, real)]
         if any(r["epoch"] > 0 for r in random):
-            found.append(_separates(model, real, random))
-    return found
+            all_claims.append(_separates(model, real, random))
+    return all_claims
 
 
 def _rises(model, real):

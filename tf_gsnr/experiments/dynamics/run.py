@@ -148,7 +148,7 @@ def _build(name, settings, workbench):
         moments = None
         for i in range(0, len(y), PIECE):
             piece = slice(i, i + PIECE)
-            found = gradient_moments(
+            record = gradient_moments(
                 model,
                 x[piece],
                 y[piece],
@@ -157,7 +157,7 @@ def _build(name, settings, workbench):
                 sign_counts=True,
                 jit_compile=jit_compile,
             )
-            moments = found if moments is None else moments.merge(found)
+            moments = record if moments is None else moments.merge(record)
             advance(GRADIENT * len(y[piece]))
         on = {
             name: model.evaluate(*examples, batch_size=MICRO_BATCH, verbose=0, return_dict=True)

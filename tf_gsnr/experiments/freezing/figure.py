@@ -55,12 +55,12 @@ def _path(records, seed=None) -> list[dict]:
 
 def summary(records: list[dict]) -> dict:
     """Start, maximum and end of the mean GSNR over the seeds, and table 1."""
-    found: dict = {}
+    result: dict = {}
     for frozen, label in ((False, "whole"), (True, "frozen")):
         if any(r["frozen"] == frozen for r in records):
             steps, values = curves(records, frozen, "gsnr_plain/second_layer")
             mean = values.mean(0)
-            found[label] = {
+            result[label] = {
                 "seeds": len(values),
                 "gsnr_start": mean[0],
                 "gsnr_max": mean.max(),
@@ -68,24 +68,24 @@ def summary(records: list[dict]) -> dict:
                 "gsnr_end": mean[-1],
             }
     if any(not r["frozen"] for r in records):
-        found["features"] = features(records)
-    return found
+        result["features"] = features(records)
+    return result
 
 
 def table(records: list[dict]) -> str:
     """The summary as two tables for a terminal."""
-    found = summary(records)
+    result = summary(records)
     lines = ["first layer  seeds  GSNR at start  maximum (step)  at end"]
     for label in ("whole", "frozen"):
-        if label in found:
-            s = found[label]
+        if label in result:
+            s = result[label]
             lines.append(
                 f"{'learns' if label == 'whole' else 'frozen':>11}  {s['seeds']:5d}"
                 f"  {s['gsnr_start']:13.4f}  {s['gsnr_max']:.4f} ({s['step_of_max']:.0f})"
                 f"  {s['gsnr_end']:8.4f}"
             )
     lines += ["", "feature  correlation with y at start  at its GSNR's maximum (step)"]
-    for row in found.get("features", []):
+    for row in result.get("features", []):
         lines.append(
             f"{row['feature']:7d}  {row['correlation_start']:27.2f}"
             f"  {row['correlation_max']:21.2f} ({row['step']:.0f})"
@@ -155,7 +155,7 @@ def _correlates(records):
         if not all(r["frozen"] for r in path)
     }
     names = ("correlation_start", "correlation_max")
-    sizes = [np.array([[abs(r[k]) for k in names] for r in found]) for found in seeds.values()]
+    sizes = [np.array([[abs(r[k]) for k in names] for r in text]) for text in seeds.values()]
     growth, se = over_seeds([np.mean(size[:, 1] - size[:, 0]) for size in sizes])
     start, top = np.concatenate(sizes).T
     grown = np.mean(top > start)

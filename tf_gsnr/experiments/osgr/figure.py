@@ -31,27 +31,27 @@ def summary(records: list[dict]) -> dict:
       With batch normalisation also `frozen`, the first three with its statistics as constants;
       where measured, `unseen`, the same by training sets that the models have not seen.
     """
-    found = _agreement(records, "osgr_predicted") | {"small_step": {}, "configurations": {}}
+    result = _agreement(records, "osgr_predicted") | {"small_step": {}, "configurations": {}}
     for epoch, group in by(records, "epoch").items():
-        found["small_step"][str(epoch)] = float(np.mean([r["small_step"] for r in group]))
-        found["configurations"][str(epoch)] = len(group)
+        result["small_step"][str(epoch)] = float(np.mean([r["small_step"] for r in group]))
+        result["configurations"][str(epoch)] = len(group)
     if all(FROZEN in r for r in records):
-        found["frozen"] = _agreement(records, FROZEN)
+        result["frozen"] = _agreement(records, FROZEN)
     if all(UNSEEN in r for r in records):
-        found["unseen"] = _agreement(records, UNSEEN, UNSEEN_MEASURED)
-    return found
+        result["unseen"] = _agreement(records, UNSEEN, UNSEEN_MEASURED)
+    return result
 
 
 def _agreement(records, field, measured_field="osgr_measured") -> dict:
-    found = {"pearson": {}, "measured_minus_predicted": {}, "within_two_se": {}}
+    result = {"pearson": {}, "measured_minus_predicted": {}, "within_two_se": {}}
     for epoch, group in by(records, "epoch").items():
         measured, predicted = column(group, measured_field), column(group, field)
         se = np.hypot(column(group, f"{measured_field}_se"), column(group, f"{field}_se"))
         key = str(epoch)
-        found["pearson"][key] = pearson(predicted, measured)
-        found["measured_minus_predicted"][key] = float(np.mean(measured - predicted))
-        found["within_two_se"][key] = float(np.mean(np.abs(measured - predicted) < 2 * se))
-    return found
+        result["pearson"][key] = pearson(predicted, measured)
+        result["measured_minus_predicted"][key] = float(np.mean(measured - predicted))
+        result["within_two_se"][key] = float(np.mean(np.abs(measured - predicted) < 2 * se))
+    return result
 
 
 def table(records: list[dict]) -> str:
@@ -71,11 +71,11 @@ def table(records: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def _row(found, epoch):
+def _row(agreement, epoch):
     return (
-        f"{epoch:>7}  {found['pearson'][epoch]:7.3f}"
-        f"  {found['measured_minus_predicted'][epoch]:+20.3f}"
-        f"  {found['within_two_se'][epoch]:12.0%}"
+        f"{epoch:>7}  {agreement['pearson'][epoch]:7.3f}"
+        f"  {agreement['measured_minus_predicted'][epoch]:+20.3f}"
+        f"  {agreement['within_two_se'][epoch]:12.0%}"
     )
 
 
@@ -165,10 +165,10 @@ def _possible_causes(records):
 
 def _near_the_diagonal(records, field):
     """At the first epoch: the share of points within two standard errors; the same in words."""
-    found = _agreement(records, field)
-    epoch = next(iter(found["pearson"]))
-    near = found["within_two_se"][epoch]
-    mean = found["measured_minus_predicted"][epoch]
+    agreement = _agreement(records, field)
+    epoch = next(iter(agreement["pearson"]))
+    near = agreement["within_two_se"][epoch]
+    mean = agreement["measured_minus_predicted"][epoch]
     return near, (
         f"epoch {epoch}: measured - predicted {mean:+.3f} on average, {near:.0%} of the points "
         "within 2 s.e."

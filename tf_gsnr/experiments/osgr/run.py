@@ -162,7 +162,7 @@ def _training_sets(state, settings, source, unseen=False):
     c, batch_size = state.configuration, settings.batch_size
     if state.strategy:  # no device without a micro-batch
         batch_size = min(batch_size, -(-c["n"] // state.strategy.num_replicas_in_sync))
-    found = []
+    sets = []
     for t in range(state.t, state.t + len(state.rises)):
         rng = state.rng(settings, stream=2 + t)
         if unseen:
@@ -170,10 +170,10 @@ def _training_sets(state, settings, source, unseen=False):
         else:
             x, y = source.draw(c["n"], rng)
         y = data.randomise(y, c["p_random"], source, rng)
-        found.append(microbatches.of_data(x, y, batch_size))
-    x, y, (valid, *_) = zip(*found)
-    own = tf.stack(x), tf.stack(y), valid
-    return devices.share(state.strategy, own) if state.strategy else own
+        sets.append(microbatches.of_data(x, y, batch_size))
+    x, y, (valid, *_) = zip(*sets)
+    stacked = tf.stack(x), tf.stack(y), valid
+    return devices.share(state.strategy, stacked) if state.strategy else stacked
 
 
 def _descend_together(state, settings, workbench):
@@ -181,8 +181,8 @@ def _descend_together(state, settings, workbench):
     c, size = state.configuration, len(state.rises)
     if len(state.rows) == state.t:
         state.rows += [[] for _ in range(size)]
-    own = _training_sets(state, settings, workbench.source)
-    measured_on = [own]
+    training_sets = _training_sets(state, settings, workbench.source)
+    measured_on = [training_sets]
     if settings.unseen:
         measured_on.append(_training_sets(state, settings, workbench.source, unseen=True))
     descent_work, measurement_work = (size * work for work in set_work(c, settings))
@@ -201,10 +201,10 @@ def _descend_together(state, settings, workbench):
         while state.epoch < settings.epochs[index]:
             steps = min(piece, settings.epochs[index] - state.epoch)
             begin = state.clock()
-            found = state.descent.descend(
-                state.weights, own, tf.constant(steps), tf.constant(state.last_loss)
+            descended = state.descent.descend(
+                state.weights, training_sets, tf.constant(steps), tf.constant(state.last_loss)
             )
-            weights, state.last_loss, rises = tf.nest.map_structure(np.asarray, found)
+            weights, state.last_loss, rises = tf.nest.map_structure(np.asarray, descended)
             state.weights, state.rises = weights, state.rises + rises
             _check_losses(state, state.epoch + steps - 1, state.last_loss)
             piece = max(1, int(PIECE_SECONDS * steps / (state.clock() - begin + 1e-9)))

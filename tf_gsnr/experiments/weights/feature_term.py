@@ -131,8 +131,8 @@ def feature_terms(model, layer, loss_fn, learning_rate: float, microbatches) -> 
         return [through_features, tf.einsum(product, a, forward.jvp(delta)) / n]
 
     through_features, through_errors = total(changes, microbatches)
-    own = -learning_rate * kernel * tf.transpose(squares.stack())  # (28)
-    return Terms(own, through_features - own, through_errors)
+    own_weight = -learning_rate * kernel * tf.transpose(squares.stack())  # (28)
+    return Terms(own_weight, through_features - own_weight, through_errors)
 
 
 def _split(model, layer):

@@ -37,44 +37,44 @@ def summary(records: list[dict]) -> dict:
     names = [f"correlation_{step}" for step in STEPS] + ["opposite", "growth"]
     names += [f"{kind}/{part}" for kind in ("explained", "contribution") for part in PARTS]
     names += ["term_correlation", "term_same_sign"]
-    found = {"seeds": len(curves(records, "train_loss")[1])}
+    result = {"seeds": len(curves(records, "train_loss")[1])}
     for suffix in ["", *(f"/{layer}" for layer in layers(records))]:
         for name in [f"{name}/{which}{suffix}" for name in names for which in LABELS]:
             epochs, values = curves(records, name)
             if np.isfinite(values).any():
-                found[name] = _over_epochs(epochs, values)
-    return found
+                result[name] = _over_epochs(epochs, values)
+    return result
 
 
 def _over_epochs(epochs, values):
     mean = values.mean(0)
-    found = {"end": mean[-1]}
+    result = {"end": mean[-1]}
     for name, chosen in (("early", epochs <= EARLY * epochs[-1]), ("mean", epochs >= 0)):
-        found[name], found[f"{name}_se"] = over_seeds(values[:, chosen].mean(1))
+        result[name], result[f"{name}_se"] = over_seeds(values[:, chosen].mean(1))
     for name, find in (("low", np.nanargmin), ("high", np.nanargmax)):
         if np.isfinite(mean).any():
-            found[name], found[f"{name}_epoch"] = mean[find(mean)], epochs[find(mean)]
-    return found
+            result[name], result[f"{name}_epoch"] = mean[find(mean)], epochs[find(mean)]
+    return result
 
 
 def table(records: list[dict]) -> str:
     """The summary as tables for a terminal."""
-    found = summary(records)
+    result = summary(records)
     lines = [
-        f"mean of {found['seeds']} seeds                            "
+        f"mean of {result['seeds']} seeds                            "
         "first tenth (s.e.)   all epochs (s.e.)     end"
     ]
     for name, text in _rows(records):
-        if name in found:
-            s = found[name]
+        if name in result:
+            s = result[name]
             lines.append(
                 f"{text:42}{s['early']:+10.3f} ({s['early_se']:.3f})"
                 f"   {s['mean']:+9.3f} ({s['mean_se']:.3f})  {s['end']:+6.3f}"
             )
-    if f"explained/{next(iter(PARTS))}/all" in found:
+    if f"explained/{next(iter(PARTS))}/all" in result:
         lines += ["", "a step of the layers below, first tenth    correlation with W   of Delta g"]
         for part, (text, _) in PARTS.items():
-            made, explained = (found[f"{k}/{part}/all"] for k in ("contribution", "explained"))
+            made, explained = (result[f"{k}/{part}/all"] for k in ("contribution", "explained"))
             lines.append(f"{text:42}{made['early']:+19.3f}   {explained['early']:10.1%}")
     return "\n".join(lines)
 

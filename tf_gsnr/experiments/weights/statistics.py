@@ -55,13 +55,13 @@ def statistics(layers: dict[str, dict]) -> dict:
     if above:
         shared = [k for k in above[0] if all(k in columns for columns in above)]
         groups[""] = {k: np.concatenate([columns[k] for columns in above]) for k in shared}
-    found = {}
+    record = {}
     for suffix, columns in groups.items():
         for which, rows in (("all", slice(None)), ("top", _top(columns["w"]))):
             chosen = {k: v[rows] for k, v in columns.items()}
-            found |= {f"{k}/{which}{suffix}": v for k, v in _of_weights(chosen).items()}
+            record |= {f"{k}/{which}{suffix}": v for k, v in _of_weights(chosen).items()}
     kept = sum(len(columns["w"]) for columns in alive.values())
-    return found | {"dead": sum(np.size(columns["w"]) for columns in layers.values()) - kept}
+    return record | {"dead": sum(np.size(columns["w"]) for columns in layers.values()) - kept}
 
 
 def _alive(columns):
@@ -75,24 +75,24 @@ def _top(w):
 
 
 def _of_weights(c):
-    found = {
+    record = {
         "opposite": _ratio(np.sum(c["w"] * c["g"] < 0), len(c["w"])),
         "growth": _ratio(c["whole"] @ c["g"], c["g"] @ c["g"]),
         "correlation_whole": pearson(c["w"], c["whole"]),
     }
     if "below" in c:
-        found["correlation_below"] = pearson(c["w"], c["below"])
+        record["correlation_below"] = pearson(c["w"], c["below"])
     if PARTS[0] in c:
         change, own = c["below"], c[PARTS[0]]
         parts = {part: c[part] for part in PARTS}
         parts["remainder"] = change - sum(parts.values())
         scale = np.std(c["w"]) * np.std(change)
         for part, values in parts.items():
-            found[f"contribution/{part}"] = _ratio(_covariance(c["w"], values), scale)
-            found[f"explained/{part}"] = _ratio(values @ change, change @ change)
-        found["term_correlation"] = pearson(own, change)
-        found["term_same_sign"] = _ratio(np.sum(own * change > 0), len(own))
-    return found
+            record[f"contribution/{part}"] = _ratio(_covariance(c["w"], values), scale)
+            record[f"explained/{part}"] = _ratio(values @ change, change @ change)
+        record["term_correlation"] = pearson(own, change)
+        record["term_same_sign"] = _ratio(np.sum(own * change > 0), len(own))
+    return record
 
 
 def _covariance(x, y):

@@ -131,13 +131,13 @@ def _conv_lstm(call, steps):
     flat = [_images(g) for g in (steps.d_output, *steps.d_states)]
     dz = tape.gradient([new[0], *new], z, output_gradients=flat)
     dz = tf.reshape(dz, [call.n, call.fold * steps.x.shape[1], *z.shape[1:]])
-    found = [
+    products = [
         (cell.kernel, _kernel_form(call, xs, dz, cell.kernel, x_kind)),
         (cell.recurrent_kernel, _kernel_form(call, hs, dz, cell.recurrent_kernel, h_kind)),
     ]
     if cell.use_bias:
-        found.append((cell.bias, forms.elementwise(dz, cell.bias)))
-    return found
+        products.append((cell.bias, forms.elementwise(dz, cell.bias)))
+    return products
 
 
 def _images(v):

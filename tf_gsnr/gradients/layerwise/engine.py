@@ -57,8 +57,8 @@ def build(
 
         def loss_of(predictions):
             if contributions:
-                whole = tf.reduce_sum(loss(x, y, predictions, sample_weight, training))
-                each, target = tf.fill([n], whole), whole * tf.cast(n, whole.dtype)
+                of_batch = tf.reduce_sum(loss(x, y, predictions, sample_weight, training))
+                each, target = tf.fill([n], of_batch), of_batch * tf.cast(n, of_batch.dtype)
             else:
                 each = losses.of_examples(loss, x, y, predictions, sample_weight, training)
                 target = tf.reduce_sum(each if valid is None else tf.where(valid, each, 0))
@@ -173,7 +173,7 @@ def whole_layers(model) -> list:
     ]
 
 
-def wider(model, whole, missed) -> tuple[list, list]:
+def wider(model, opaque, missed) -> tuple[list, list]:
     """The layers that are to be whole so that these variables are seen, and which cannot be.
 
     Args:
@@ -184,10 +184,10 @@ def wider(model, whole, missed) -> tuple[list, list]:
     layers = [p for p in network.layers(model) if len(p.trainable_variables) < everything]
     owners = {
         id(v): unit.layer
-        for unit in capture.units_of(model, whole, rules.activation_of)
+        for unit in capture.units_of(model, opaque, rules.activation_of)
         for v in unit.variables
     }
-    before, whole, unseen = whole, list(whole), []
+    before, opaque, unseen = opaque, list(opaque), []
     for variable in missed:
         owner = owners.get(id(variable))
         outer = [
@@ -196,8 +196,8 @@ def wider(model, whole, missed) -> tuple[list, list]:
         outer = [p for p in outer if not any(p is w for w in before)]
         if not outer:
             unseen.append(variable)
-        whole += [p for p in outer if not any(p is w for w in whole)]
-    return whole, unseen
+        opaque += [p for p in outer if not any(p is w for w in opaque)]
+    return opaque, unseen
 
 
 def unit_scales(calls, factor=1.0) -> dict:
@@ -216,9 +216,9 @@ def unit_scales(calls, factor=1.0) -> dict:
     if not sizes:
         return {}
     largest = factor * tf.math.unsorted_segment_max(tf.stack(sizes), of_size, len(places))
-    found = tf.unstack(tf.where(tf.math.is_inf(largest), 1.0, factor * _power(largest)))
+    scales = tf.unstack(tf.where(tf.math.is_inf(largest), 1.0, factor * _power(largest)))
     return {
-        id(v): found[places[id(call.layer)]]
+        id(v): scales[places[id(call.layer)]]
         for call in calls
         if id(call.layer) in places
         for v in call.unit.variables
@@ -308,14 +308,14 @@ def _fold(call, expected):
     rows = {z.shape[0] if z.shape.rank else 0 for z in outputs} - {None}
     if not rows or not isinstance(call.n, int):
         return expected or tf.shape(outputs[0])[0] // call.n
-    found = rows.pop()
-    if rows or found % call.n or found == 0:
+    rows_of_output = rows.pop()
+    if rows or rows_of_output % call.n or rows_of_output == 0:
         raise conservation.NotConserved(
-            f"layer {call.layer.name!r}: its output has {found} rows for {call.n} examples, so its "
-            "gradient has no part of each example's own; use engine='vectorized', or "
+            f"layer {call.layer.name!r}: its output has {rows_of_output} rows for {call.n} examples, "
+            "so its gradient has no part of each example's own; use engine='vectorized', or "
             "engine='auto', which does so by itself"
         )
-    return found // call.n
+    return rows_of_output // call.n
 
 
 def combined(variables, by_variable, n, valid, sign_counts) -> tuple:

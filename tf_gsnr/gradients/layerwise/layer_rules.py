@@ -30,10 +30,12 @@ def dense(call):
     if _is_adapted(layer):
         return None
     x = tf.ensure_shape(call.x, [*call.x.shape[:-1], layer.kernel.shape[0]])  # was it sparse?
-    found = [(layer.kernel, forms.outer(call, x, call.dz, layer.kernel))]
+    products = [(layer.kernel, forms.outer(call, x, call.dz, layer.kernel))]
     if layer.bias is not None:
-        found.append((layer.bias, forms.elementwise(forms.per_example(call, call.dz), layer.bias)))
-    return found
+        products.append(
+            (layer.bias, forms.elementwise(forms.per_example(call, call.dz), layer.bias))
+        )
+    return products
 
 
 @register_rule(layers.EinsumDense, activation="activation")
@@ -65,10 +67,10 @@ def einsum_dense(call):
     else:
         equation = f"{source},{made}->{n}{kernel}"
         form = forms.rows(lambda: tf.einsum(equation, call.x, call.dz), layer.kernel)
-    found = [(layer.kernel, form)]
+    products = [(layer.kernel, form)]
     if layer.bias is not None:
-        found.append((layer.bias, forms.elementwise(call.dz, layer.bias)))
-    return found
+        products.append((layer.bias, forms.elementwise(call.dz, layer.bias)))
+    return products
 
 
 def _arranged(v, axes, n, kept, rest):
@@ -139,7 +141,7 @@ def normalization(call):
     axes = [a % call.x.shape.rank for a in axes]
     if axes != sorted(axes) or 0 in axes:
         return None
-    found = []
+    products = []
     if scale is not None:
         neutral = [(v, tf.convert_to_tensor(v.value)) for v in layer.non_trainable_variables]
         neutral.append((scale, tf.ones(scale.shape, scale.dtype)))
@@ -148,10 +150,10 @@ def normalization(call):
         with keras.StatelessScope(state_mapping=neutral):
             normalized = layer.call(*call.args, **call.kwargs)
         product = tf.cast(normalized, scale.dtype) * tf.cast(call.dz, scale.dtype)
-        found.append((scale, _along(call, product, axes, scale)))
+        products.append((scale, _along(call, product, axes, scale)))
     if offset is not None:
-        found.append((offset, _along(call, call.dz, axes, offset)))
-    return found
+        products.append((offset, _along(call, call.dz, axes, offset)))
+    return products
 
 
 if hasattr(layers, "RMSNormalization"):
