@@ -308,14 +308,14 @@ def _fold(call, expected):
     rows = {z.shape[0] if z.shape.rank else 0 for z in outputs} - {None}
     if not rows or not isinstance(call.n, int):
         return expected or tf.shape(outputs[0])[0] // call.n
-    rows_of_output = rows.pop()
-    if rows or rows_of_output % call.n or rows_of_output == 0:
+    out_rows = rows.pop()
+    if rows or out_rows % call.n or out_rows == 0:
         raise conservation.NotConserved(
-            f"layer {call.layer.name!r}: its output has {rows_of_output} rows for {call.n} examples, "
+            f"layer {call.layer.name!r}: its output has {out_rows} rows for {call.n} examples, "
             "so its gradient has no part of each example's own; use engine='vectorized', or "
             "engine='auto', which does so by itself"
         )
-    return rows_of_output // call.n
+    return out_rows // call.n
 
 
 def combined(variables, by_variable, n, valid, sign_counts) -> tuple:
