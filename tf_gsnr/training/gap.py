@@ -33,13 +33,14 @@ import tensorflow as tf
 from tf_gsnr import keras_internals
 
 _STEPS: dict[type, Callable] = {}
+_STEP_METHODS = {"update_step", "apply", "apply_gradients"}  # what makes the step
 
 
 def register_optimizer(optimizer_class: type) -> Callable:
     """Decorator: the function tells the derivative P_j of this optimiser's step by the gradient.
 
-    It holds for subclasses too, unless they override `update_step`. It is called after a step as
-    `function(optimizer, k, slot, gradients)`:
+    It holds for subclasses too, unless they override what makes the step. After a step it is called
+    as `function(optimizer, k, slot, gradients)`:
       k: float64 scalar, how many steps the optimiser has made.
       slot: `slot(kind)`, or `slot(list of arrays like the variables)`: what these hold at the
         measured parameters, float64 `[k]`; kinds as in `keras_internals.slots`.
@@ -73,11 +74,11 @@ def register_optimizer(optimizer_class: type) -> Callable:
 
 
 def _step_of(optimizer) -> Callable | None:
-    """The function of its class, or of the class that its `update_step` comes from."""
+    """The function of its class, or of the class that its step comes from."""
     for cls in type(_inner(optimizer)).__mro__:
         if cls in _STEPS:
             return _STEPS[cls]
-        if "update_step" in vars(cls):
+        if _STEP_METHODS & vars(cls).keys():
             return None
     return None
 
