@@ -47,9 +47,9 @@ def step(method, name, batch):
     import keras
     import networks
     import tensorflow as tf
-    from tf_gsnr.gradients.engine import ENGINES
 
     from tf_gsnr.gradients import losses
+    from tf_gsnr.gradients.engines import ENGINES
     from tf_gsnr.models import per_example
 
     keras.utils.set_random_seed(0)

@@ -26,9 +26,9 @@ import networks  # noqa: E402
 import numpy as np  # noqa: E402
 import tensorflow as tf  # noqa: E402
 from peers import naive  # noqa: E402
-from tf_gsnr.gradients.engine import ENGINES  # noqa: E402
 
 from tf_gsnr.gradients import losses  # noqa: E402
+from tf_gsnr.gradients.engines import ENGINES  # noqa: E402
 from tf_gsnr.models import per_example  # noqa: E402
 
 METHODS = ("plain", "layerwise", "vectorized", "naive")

@@ -2,6 +2,7 @@
 
 import ast
 import graphlib
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -49,6 +50,21 @@ def imports():
 def floor(module):
     room = module.split(".")[1]
     return next(k for k, names in enumerate(FLOORS) if room in names.split())
+
+
+def test_benchmarks_import_what_is_there():
+    missing = []
+    for file in (PACKAGE.parent / "benchmarks").glob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("tf_gsnr"):
+                module = importlib.import_module(node.module)
+                for name in (alias.name for alias in node.names):
+                    if not hasattr(module, name):
+                        try:
+                            importlib.import_module(f"{node.module}.{name}")
+                        except ModuleNotFoundError:
+                            missing.append((file.name, node.module, name))
+    assert not missing
 
 
 def test_no_circle():

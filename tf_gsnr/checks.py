@@ -25,7 +25,7 @@ def integer(name: str, value):
     Traceback (most recent call last):
     ValueError: seed=0.5: expected an integer
     """
-    if not isinstance(value, numbers.Integral) or isinstance(value, bool):
+    if not _is_integer(value):
         raise ValueError(f"{name}={value!r}: expected an integer")
 
 
@@ -39,6 +39,9 @@ def positive_integer(name: str, value, more: str = ""):
     Traceback (most recent call last):
     ValueError: every=0: expected a positive integer
     """
-    whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-    if not whole or value < 1:
+    if not _is_integer(value) or value < 1:
         raise ValueError(f"{name}={value!r}: expected a positive integer{more}")
+
+
+def _is_integer(value) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)

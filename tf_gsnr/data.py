@@ -304,8 +304,7 @@ def _read_tfds(name, data_dir):
         )
     splits = []
     for split in ("train", "test"):
-        train_and_test = tfds.as_numpy(
-            builder.as_dataset(split=split, batch_size=-1, as_supervised=True)
-        )
-        splits.append((train_and_test[0], train_and_test[1].astype(np.int64)))
+        dataset = builder.as_dataset(split=split, batch_size=-1, as_supervised=True)
+        images, labels = tfds.as_numpy(dataset)
+        splits.append((images, labels.astype(np.int64)))
     return *splits, features["label"].num_classes

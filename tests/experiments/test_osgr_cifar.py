@@ -185,7 +185,7 @@ def _signs(model, t, epoch):
         yield flat
 
 
-def test_statistics_are_exact_whatever_the_chunks(run, source):
+def test_statistics_are_exact_whatever_the_microbatches(run, source):
     _, work, _ = run
     ((model, functions, initial, _),) = work.traced.values()
     x, y = source.draw(TRAIN, np.random.default_rng(3))

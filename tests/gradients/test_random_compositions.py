@@ -1,7 +1,7 @@
 """Random compositions of layers, losses, masks, weights and outputs: the same, or refused by name.
 
-`RANDOM_COMPOSITIONS=200 python -m pytest tests/test_random_compositions.py` tries more seeds;
-`RANDOM_COMPOSITIONS_FROM` is the first.
+`RANDOM_COMPOSITIONS=200 python -m pytest tests/gradients/test_random_compositions.py` tries more
+seeds; `RANDOM_COMPOSITIONS_FROM` is the first.
 """
 
 import os

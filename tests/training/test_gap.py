@@ -50,3 +50,34 @@ def test_predicts_the_real_gap(optimizer, epochs, measure_every):
     error = np.std(measured) / np.sqrt(DRAWS)
     assert abs(np.mean(predicted) - np.mean(measured)) < 2 * error + 0.15 * np.mean(predicted)
     assert error < 0.3 * np.mean(measured)
+
+
+class Renamed(keras.optimizers.Adam):
+    """As Keras's."""
+
+
+class OwnStep(keras.optimizers.SGD):
+    def update_step(self, gradient, variable, learning_rate):
+        super().update_step(tf.sign(gradient), variable, learning_rate)
+
+
+class OwnApply(keras.optimizers.Adam):
+    def apply(self, grads, trainable_variables=None):
+        super().apply([2 * g for g in grads], trainable_variables)
+
+
+class OwnApplyGradients(keras.optimizers.SGD):
+    def apply_gradients(self, grads_and_vars):
+        return super().apply_gradients([(2 * g, v) for g, v in grads_and_vars])
+
+
+@pytest.mark.parametrize(
+    "optimizer, known",
+    [(Renamed, True), (OwnStep, False), (OwnApply, False), (OwnApplyGradients, False)],
+)
+def test_an_optimizer_that_makes_its_step_otherwise_is_unknown(optimizer, known):
+    x, y = draw(np.random.default_rng(0), N)
+    model = tf_gsnr.GSNRModel(keras.Sequential([keras.Input([INPUTS]), keras.layers.Dense(1)]))
+    model.compile(optimizer(0.001), "mse")
+    history = model.fit(x, y, batch_size=BATCH, verbose=0).history
+    assert ("gap_growth" in history) == known

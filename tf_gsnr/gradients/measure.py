@@ -129,7 +129,7 @@ def gradient_moments(
     >>> int(moments.count), [v.shape for v in moments.variance()]
     (100, [(3, 1), (1,)])
     """
-    engines.check_name(engine)
+    tried = engines.tried(engine)
     checks.positive_integer("batch_size", batch_size)
     for name, value in (
         ("sign_counts", sign_counts),
@@ -177,8 +177,8 @@ def gradient_moments(
     if recalibrate:
         statistics = recalibration.whole_data_statistics(model, data)
     with _ONE_AT_A_TIME, examination.kept_variables(model, loss), statistics:
-        # The reference engine runs examples alone: it has no contributions.
-        tried = ["layerwise"] if engine == "auto" and contributions else engines.tried(engine)
+        if contributions and len(tried) > 1:
+            tried = tried[:1]  # the reference engine runs examples alone: it has none
         unfit = None
         for name in tried:
             stream = Stream(

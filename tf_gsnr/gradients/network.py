@@ -42,11 +42,7 @@ def all_batch_norms(model) -> list:
 
 def batch_norms(model) -> list:
     """The layers that normalise by the batch's statistics when in training mode."""
-    return [
-        layer
-        for layer in layers(model)
-        if isinstance(layer, keras.layers.BatchNormalization) and layer.trainable
-    ]
+    return [layer for layer in all_batch_norms(model) if layer.trainable]
 
 
 def has_loops(model) -> bool:

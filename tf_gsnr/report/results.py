@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +62,7 @@ def _row(run, claim):
 
 def _section(run, claims, figures):
     drawn = experiments.load(run.experiment)
-    described = sys.modules[drawn.figure.__module__].__doc__
+    described = inspect.getmodule(drawn.figure).__doc__
     caption = (described or run.name).strip().splitlines()[0]
     blocks = [
         Heading(2, run.name),
