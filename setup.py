@@ -28,7 +28,7 @@ setup(
         "Typing :: Typed",
     ],
     packages=find_packages(include=["tf_gsnr", "tf_gsnr.*"]),
-    package_data={"tf_gsnr": ["py.typed"]},
+    package_data={"tf_gsnr": ["py.typed", "status/*.js", "status/*.css"]},
     python_requires=">=3.10,<3.14",
     install_requires=[
         "absl-py",

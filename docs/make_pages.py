@@ -21,7 +21,8 @@ from tf_gsnr import shown  # noqa: E402
 
 MADE = "<!-- Made by docs/make_pages.py: edit the code, not this page. -->\n\n"
 GROUPS = {
-    "While a model trains": ["GSNRModel", "GSNRCallback", "write_tensorboard"],
+    "While a model trains": ["GSNRModel", "GSNRCallback", "ProgressBar", "write_tensorboard"],
+    "Looking at it": ["page", "plot", "read"],
     "Measuring": ["gradient_moments", "Moments", "check_engine", "explain", "forget"],
     "What follows from moments": [
         "summarize",

@@ -15,7 +15,7 @@ PAGE = PACKAGE.parent / "ARCHITECTURE.md"
 FLOORS = [
     "moments arrays checks keras_internals progress lookup",
     "metrics shown records environment",
-    "gradients plots",
+    "gradients plots status",
     "data models training",
     "descent",
     "experiments",
@@ -88,7 +88,13 @@ def test_every_file_has_its_line():
 
 
 def test_looking_at_a_run_needs_no_tensorflow():
-    modules = ["tf_gsnr.records", "tf_gsnr.plots", "tf_gsnr.report.__main__", "tf_gsnr.shown"]
+    modules = [
+        "tf_gsnr.records",
+        "tf_gsnr.plots",
+        "tf_gsnr.report.__main__",
+        "tf_gsnr.shown",
+        "tf_gsnr.status.figure",
+    ]
     for name in ("osgr", "dynamics", "freezing", "weights"):
         modules += [f"tf_gsnr.experiments.{name}.{file}" for file in ("settings", "figure")]
     code = f"import sys, {', '.join(modules)}; sys.exit('tensorflow' in sys.modules)"

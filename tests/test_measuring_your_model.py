@@ -18,6 +18,6 @@ def test_code_of_the_page_runs(tmp_path, monkeypatch):
     for block in blocks:
         exec(compile(block, str(PAGE), "exec"), names)
     found = records.read_records(tmp_path / "runs" / "shapes")
-    assert len(found) == 4 and all(np.isfinite(r["gsnr_plain/mean"]) for r in found)
+    assert len(found) == 5 and all(np.isfinite(r["gsnr_plain/mean"]) for r in found)
     assert list((tmp_path / "logs" / "keras" / "train").iterdir())
     assert {"gsnr", "gap_growth"} <= set(names["history"])

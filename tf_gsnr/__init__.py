@@ -25,6 +25,10 @@ if TYPE_CHECKING:  # what an editor and a type checker see
     from tf_gsnr.metrics import same_sign as same_sign
     from tf_gsnr.metrics import summarize as summarize
     from tf_gsnr.moments import Moments as Moments
+    from tf_gsnr.records import read as read
+    from tf_gsnr.status.figure import plot as plot
+    from tf_gsnr.status.page import page as page
+    from tf_gsnr.training.bar import ProgressBar as ProgressBar
     from tf_gsnr.training.callback import GSNRCallback as GSNRCallback
     from tf_gsnr.training.model import GSNRModel as GSNRModel
     from tf_gsnr.training.tensorboard import write_tensorboard as write_tensorboard
@@ -48,6 +52,10 @@ _HOMES = {
     "osgr_measured": "tf_gsnr.metrics",
     "GSNRModel": "tf_gsnr.training.model",
     "GSNRCallback": "tf_gsnr.training.callback",
+    "ProgressBar": "tf_gsnr.training.bar",
+    "page": "tf_gsnr.status.page",
+    "plot": "tf_gsnr.status.figure",
+    "read": "tf_gsnr.records",
     "write_tensorboard": "tf_gsnr.training.tensorboard",
 }
 

@@ -15,6 +15,11 @@ import keras
 import tensorflow as tf
 
 try:
+    from keras.src.utils.rng_utils import get_random_seed
+except ImportError:  # which Keras 3.8 has not
+    get_random_seed = None
+
+try:
     from tensorflow.python.ops.parallel_for import pfor
 except ImportError:
     pfor = None
@@ -188,6 +193,11 @@ def steps_of_execution(model, first: int, told: int) -> int:
     first: then an epoch's last execution, which may have fewer, counts as whole.
     """
     return told - first + 1 if TELLS_LAST_STEP else model.steps_per_execution
+
+
+def global_seed() -> int | None:
+    """What `keras.utils.set_random_seed` was given; None where it is not known."""
+    return get_random_seed() if get_random_seed is not None else None
 
 
 def slots(optimizer, kind: str) -> list:

@@ -5,6 +5,7 @@ Index letters: n example, j parameter, a and b two disjoint sets of examples.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -50,6 +51,26 @@ class Moments(NamedTuple):
     m2: list
     positives: list = []
     negatives: list = []
+
+    def __repr__(self):
+        if tf.is_tensor(self.count) or not self.mean:
+            return f"Moments of {len(self.mean)} variables"
+        return f"Moments of {', '.join(self._about())}"
+
+    def _repr_html_(self) -> str:
+        """For a notebook."""
+        return f"<b>Moments</b> of {', '.join(self._about())}"
+
+    def _about(self) -> list:
+        count = int(self.count)
+        parts = [f"{count:,} examples", f"{len(self.mean)} variables"]
+        parts.append(f"{sum(int(np.size(v)) for v in self.mean):,} parameters")
+        if count > 1 and not tf.is_tensor(self.mean[0]):
+            # Looked up when it is printed: nothing here depends on it.
+            mean = importlib.import_module("tf_gsnr.metrics").mean_gsnr(self)
+            told = f"mean GSNR {mean:.3g}" if mean == mean else "GSNR not told from zero"
+            parts.append(told)
+        return parts
 
     @classmethod
     def empty(cls, variables: Sequence, dtype=None, sign_counts: bool = False) -> Moments:

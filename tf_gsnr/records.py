@@ -8,12 +8,17 @@
       checkpoint.npz    the configuration in progress; gone when it is complete
       figures/
 
+and where it is of a training of one's own, by `run_dir=`: config.json, records.jsonl, and
+`training/recorder.py`'s state.json, histograms.json, page.html, gsnr/*.npz.
+
 A killed run leaves a valid directory: a half-written last record is cut off when the run goes on,
 every other file is replaced by renaming.
 """
 
 from __future__ import annotations
 
+import csv
+import importlib.util
 import json
 import math
 import os
@@ -36,21 +41,30 @@ class RunDirectory:
       grown: the settings that may differ from the earlier run's: lists that the run goes through,
         so that a grid can be extended.
       overwrite: whether to throw away what an earlier run left there.
+      ways_out: what the user calls another directory, and to throw the earlier run away.
 
     Raises:
       ValueError: the directory holds something else; the message says what and what to do.
     """
 
-    def __init__(self, path, settings: dict, grown=(), overwrite: bool = False):
+    def __init__(
+        self,
+        path,
+        settings: dict,
+        grown=(),
+        overwrite: bool = False,
+        ways_out: tuple = ("--name", "--overwrite"),
+    ):
         self.path = Path(path)
-        self.settings = json.loads(json.dumps(settings))  # as they will be read back
-        if overwrite and (self.path / "config.json").exists():
+        self.settings = json.loads(json.dumps(_jsonable(settings)))  # as they will be read back
+        self._another, self._overwrite = ways_out
+        if overwrite and _is_ours(self.path):
             shutil.rmtree(self.path)
         if self.path.exists() and not self.path.is_dir():
-            raise ValueError(f"{self.path} is a file; choose another --name or --runs_dir")
+            raise ValueError(f"{self.path} is a file; choose another {self._another}")
         if self.path.exists() and any(self.path.iterdir()):
             self._check_same_run(set(grown))
-        (self.path / "figures").mkdir(parents=True, exist_ok=True)
+        self.path.mkdir(parents=True, exist_ok=True)
         self._cut_half_record()
 
     def _check_same_run(self, grown):
@@ -58,7 +72,8 @@ class RunDirectory:
             before = read_config(self.path)["settings"]
         except (OSError, KeyError, json.JSONDecodeError):
             raise ValueError(
-                f"{self.path} is not empty and holds no run of this program; choose another --name"
+                f"{self.path} is not empty and holds no run of this program; choose another "
+                f"{self._another}"
             ) from None
         if not self.records() and not self.load_checkpoint():
             return  # nothing was measured with those settings: a mistyped flag, say
@@ -71,7 +86,7 @@ class RunDirectory:
         if differing:
             raise ValueError(
                 f"{self.path} holds a run with other settings: {'; '.join(differing)}. Choose "
-                "another --name, or throw the earlier run away with --overwrite"
+                f"another {self._another}, or throw the earlier run away with {self._overwrite}"
             )
 
     def _cut_half_record(self):
@@ -117,10 +132,27 @@ class RunDirectory:
     def records(self) -> list[dict]:
         return read_records(self.path)
 
+    def replace_records(self, rows: list[dict]):
+        """Has these records and no others."""
+        text = "".join(json.dumps(_jsonable(row)) + "\n" for row in rows)
+        _replace(self.path / "records.jsonl", text.encode())
+
     def write_json(self, name: str, value):
         """Replaces a file of the directory by this value, all at once."""
-        text = json.dumps(_jsonable(value), indent=2) + "\n"
-        _replace(self.path / name, text.encode())
+        self.write_text(name, json.dumps(_jsonable(value), indent=2) + "\n")
+
+    def write_text(self, name: str, text: str):
+        """Replaces a file of the directory by this text, all at once."""
+        _replace(self.path / name, text.encode("utf-8", "replace"))
+
+    def write_arrays(self, name: str, arrays: dict):
+        """Replaces an .npz file of the directory, all at once."""
+        file = self.path / name
+        file.parent.mkdir(exist_ok=True)
+        partial = file.with_name(f"{file.stem}.partial.npz")
+        np.savez_compressed(partial, **arrays)
+        _sync(partial)
+        os.replace(partial, file)
 
     def save_checkpoint(self, state: dict):
         """Replaces the checkpoint by this state: arrays, lists of arrays, and values of JSON."""
@@ -170,6 +202,76 @@ class RunDirectory:
 
     def clear_checkpoint(self):
         (self.path / "checkpoint.npz").unlink(missing_ok=True)
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether a run of this program made the directory."""
+    try:
+        return {"settings", "seconds"} <= set(read_config(path))
+    except (OSError, TypeError, ValueError):
+        return False
+
+
+def read(run_dir, frame: bool | None = None):
+    """The records of a run, or of a training with `run_dir=`, as columns.
+
+    Args:
+      run_dir: the directory that holds records.jsonl.
+      frame: whether as a pandas DataFrame; default: where pandas is installed.
+
+    Returns:
+      A DataFrame with a row per record; or `{name: array}`, `[records]` each: float64, and object
+      where there are texts. What a record has not is NaN.
+
+    Raises:
+      ValueError: there are no records; the message names the file.
+      ImportError: `frame=True` without pandas.
+
+    Example:
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as run_dir:
+    ...     directory = RunDirectory(run_dir + "/run", {"experiment": "mine"})
+    ...     directory.append({"step": 0, "gsnr/mean": 0.5})
+    ...     directory.append({"step": 8, "gsnr/mean": 0.25})
+    ...     columns = read(directory.path, frame=False)
+    >>> columns["gsnr/mean"].tolist()
+    [0.5, 0.25]
+    """
+    rows = read_records(run_dir)
+    if not rows:
+        raise ValueError(f"run_dir={str(run_dir)!r}: there is no record in records.jsonl")
+    table = columns(rows)
+    if frame is None:
+        frame = importlib.util.find_spec("pandas") is not None
+    if not frame:
+        return table
+    import pandas  # optional
+
+    return pandas.DataFrame(table)
+
+
+def columns(rows: list[dict]) -> dict:
+    """Records as `{name: array}`, in the order in which the names first come."""
+    names = dict.fromkeys(name for row in rows for name in row)
+    table = {}
+    for name in names:
+        values = [row.get(name, math.nan) for row in rows]
+        plain = all(isinstance(v, (int, float)) for v in values)
+        table[name] = np.array(values, np.float64 if plain else object)
+    return table
+
+
+def write_csv(run_dir) -> Path:
+    """Writes the records of a run as records.csv beside them; what is not known is empty."""
+    table = read(run_dir, frame=False)
+    file = Path(run_dir) / "records.csv"
+    with open(file, "w", newline="", encoding="utf-8") as opened:
+        writer = csv.writer(opened)
+        writer.writerow(table)
+        for row in zip(*table.values()):
+            writer.writerow(["" if v != v else v for v in row])
+    return file
 
 
 def read_config(path) -> dict:

@@ -8,8 +8,8 @@ import pytest
 import tensorflow as tf
 
 import tf_gsnr
-from tf_gsnr import records
-from tf_gsnr.training import schedule
+from tf_gsnr import metrics, records
+from tf_gsnr.training import rows, schedule
 
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=[64, 5]).astype("float32")
@@ -53,98 +53,160 @@ def test_logs_are_the_moments_of_the_probe_set(tmp_path):
     log = tmp_path / "log.csv"
     callback = tf_gsnr.GSNRCallback(X, LABELS, every_epochs=2, per_layer=True)
     history = fit(model, callback, keras.callbacks.CSVLogger(log), epochs=4)
-    record = tf_gsnr.summarize(tf_gsnr.gradient_moments(model, X, LABELS, sign_counts=True), model)
+    moments = tf_gsnr.gradient_moments(model, X, LABELS, sign_counts=True)
+    record = tf_gsnr.summarize(moments, model)
     plain = history["gsnr_plain/mean"]
     assert math.isnan(plain[0]) and plain[1] == plain[2] > 0  # the last number stays
     names = {"same_sign/mean": "gsnr/same_sign", "noise_scale": "gsnr/noise_scale"}
     names |= {"osgr_predicted": "gsnr/osgr_predicted", "gsnr_plain/mean": "gsnr_plain/mean"}
-    names |= {k: k for k in record if k.startswith("gsnr/")}
+    names |= {f"gsnr/{k}": f"gsnr/{k}" for k in ("mean", "median", "p95")}
+    shares = [k for k in record if k.startswith("gap_share/")]
+    names |= {k: f"gsnr/{k}" for k in shares}
     for name, logged in names.items():
         np.testing.assert_allclose(history[logged][-1], record[name], err_msg=name)
-    shares = [k for k in record if k.startswith("gap_share/")]
-    assert shares and {f"gsnr/{k}" for k in shares} <= set(history)
-    assert not {"gsnr/count", "gsnr/parameters"} & set(history)
+    of_layers = rows.of_moments(moments, model, 64)
+    layers = [share.partition("/")[2] for share in shares]
+    assert len(layers) == 3
+    for layer in layers:
+        np.testing.assert_allclose(history[f"gsnr/{layer}"][-1], of_layers[f"gsnr/{layer}"])
+    assert not {"gsnr/count", "gsnr/parameters", "gsnr/least"} & set(history)
     assert "gsnr/mean" in log.read_text().splitlines()[0].split(",")
+    np.testing.assert_array_equal(callback.moments.mean[0], moments.mean[0])
+    assert callback.history["step"].tolist() == [8, 16]
+
+
+def test_rows_of_layers_are_those_of_their_own_moments():
+    model = classifier()
+    moments = tf_gsnr.gradient_moments(model, X, LABELS, sign_counts=True)
+    row = rows.of_moments(moments, model, 64)
+    for i, layer in enumerate(metrics.by_layer([v.path for v in model.trainable_variables])):
+        part = metrics.part_of(moments, [2 * i, 2 * i + 1])
+        agree = np.concatenate([v.ravel() for v in tf_gsnr.same_sign(part)])
+        np.testing.assert_allclose(row[f"same_sign/{layer}"], np.nanmean(agree))
+        assert row[f"dead/{layer}"] == sum((v == 0).sum() for v in part.m2)
+    assert sum(row[k] for k in row if k.startswith("dead/")) == row["dead"]
 
 
 def test_run_directory(tmp_path):
-    callback = tf_gsnr.GSNRCallback(X, LABELS, every_steps=2, run_dir=tmp_path / "run")
+    run = tmp_path / "run"
+    callback = tf_gsnr.GSNRCallback(X, LABELS, every_steps=2, run_dir=run, keep="gsnr")
     fit(classifier(), callback)
-    found = records.read_records(tmp_path / "run")
-    assert [r["step"] for r in found] == [0, 2, 4, 6, 8, 10]
-    assert [r["epoch"] for r in found] == [0, 0, 1, 1, 2, 2]
-    assert all(r["gsnr_plain/mean"] > 0 and r["count"] == 64 for r in found)
-    assert records.read_config(tmp_path / "run")["settings"]["cadence"] == "every 2 steps"
-    with pytest.raises(ValueError, match="other settings"):
-        fit(classifier(), tf_gsnr.GSNRCallback(X, LABELS, run_dir=tmp_path / "run"))
-    fit(classifier(), tf_gsnr.GSNRCallback(X, LABELS, run_dir=tmp_path / "run", overwrite=True))
-    assert len(records.read_records(tmp_path / "run")) == 3
+    found = records.read_records(run)
+    assert [r["step"] for r in found] == [0, 2, 4, 6, 8, 10, 12]  # the last step too
+    assert [r["epoch"] for r in found] == [0, 0, 1, 1, 2, 2, 2]
+    assert all(r["gsnr_plain/mean"] > 0 and r["count"] == 64 and r["loss"] > 0 for r in found)
+    assert all(r["learning_rate"] == found[0]["learning_rate"] > 0 for r in found)
+    assert records.read_config(run)["settings"]["cadence"] == "every 2 steps"
+    table = tf_gsnr.read(run, frame=False)
+    assert table["step"].tolist() == callback.history["step"].tolist()
+    kept = sorted((run / "gsnr").glob("*.npz"))
+    assert len(kept) == len(found)
+    with np.load(kept[-1]) as last:
+        assert [last[k].shape for k in last] == [v.shape for v in classifier().trainable_variables]
+    with pytest.raises(ValueError, match="other settings.*overwrite=True"):
+        fit(classifier(), tf_gsnr.GSNRCallback(X, LABELS, run_dir=run))
+    with pytest.raises(ValueError, match="up to step 12, and this one begins at step 0"):
+        fit(classifier(), tf_gsnr.GSNRCallback(X, LABELS, every_steps=2, run_dir=run))
+    fit(classifier(), tf_gsnr.GSNRCallback(X, LABELS, run_dir=run, overwrite=True))
+    assert [r["step"] for r in records.read_records(run)] == [0, 4, 8, 12]
+
+
+def test_a_training_that_goes_on_continues_its_records(tmp_path):
+    run, saved = tmp_path / "run", tmp_path / "model.keras"
+    options = dict(every_steps=2, test_data=(X_TEST, LABELS_TEST), run_dir=run)
+    model = classifier()
+    fit(model, tf_gsnr.GSNRCallback(X, LABELS, **options), epochs=2)
+    model.save(saved)
+    fit(model, tf_gsnr.GSNRCallback(X, LABELS, **options), epochs=1)  # which is then killed
+    before = records.read_records(run)
+    assert [r["step"] for r in before] == [0, 2, 4, 6, 8, 10, 12]
+    again = keras.saving.load_model(saved)
+    fit(again, tf_gsnr.GSNRCallback(X, LABELS, **options), epochs=1)
+    after = records.read_records(run)
+    assert [r["step"] for r in after] == [r["step"] for r in before]
+    assert after[:5] == before[:5]
+    for a, b in zip(after, before):
+        np.testing.assert_allclose(a["gap"], a["test_loss"] - a["loss"] - _gap_of(after[0]))
+        np.testing.assert_allclose(a["gap"], b["gap"], rtol=0.3, atol=0.02)
+    seconds = [r["seconds"] for r in after]
+    assert seconds == sorted(seconds)
+
+
+def _gap_of(row):
+    return row["test_loss"] - row["loss"]
+
+
+class Gaps(keras.callbacks.Callback):
+    """The real gap where training begins and after each step; what the logs say there."""
+
+    def __init__(self):
+        super().__init__()
+        self.gaps, self.losses, self.rows = [], [], []
+
+    def on_train_begin(self, logs=None):
+        self.on_train_batch_end(0)
+
+    def on_train_batch_end(self, batch, logs=None):
+        data = ((X, LABELS), (X_TEST, LABELS_TEST))
+        probe, test = (float(self.model.loss(y, self.model(x, training=False))) for x, y in data)
+        self.losses.append((probe, test))
+        self.gaps.append(test - probe)
+        self.rows.append(dict(logs or {}))
+
+
+def without_noise(model):
+    for layer in model.layers:
+        layer.trainable = not isinstance(layer, keras.layers.BatchNormalization)
+    model.layers[2].rate = 0.0
+    return model
 
 
 def test_osgr_and_gap_of_the_real_step():
     # Full-batch descent by small steps: the probe is the training set, (24) is about just this.
-    model = classifier(keras.optimizers.SGD(1e-3))
-    for layer in model.layers:
-        layer.trainable = not isinstance(layer, keras.layers.BatchNormalization)
-    model.layers[2].rate = 0.0
-    callback = tf_gsnr.GSNRCallback(X, LABELS, every_steps=1, test_data=(X_TEST, LABELS_TEST))
-    before = [model.evaluate(*d, verbose=0) for d in ((X, LABELS), (X_TEST, LABELS_TEST))]
-    history = fit(model, callback, batch_size=64, epochs=4)
-    after = [model.evaluate(*d, verbose=0) for d in ((X, LABELS), (X_TEST, LABELS_TEST))]
-    gaps = [test - probe for probe, test in (before, after)]
-    np.testing.assert_allclose(history["gsnr/gap"][-1], gaps[1] - gaps[0], atol=1e-5)
+    model, real = without_noise(classifier(keras.optimizers.SGD(1e-3))), Gaps()
+    test = (X_TEST, LABELS_TEST)
+    callback = tf_gsnr.GSNRCallback(X, LABELS, every_steps=1, test_data=test)
+    history = fit(model, callback, real, batch_size=64, epochs=4)
+    table = callback.history
+    np.testing.assert_allclose(table["gap"], np.array(real.gaps[:4]) - real.gaps[0], atol=1e-5)
     moments = tf_gsnr.gradient_moments(model, X, LABELS)
     growth = 1e-3 * sum(v.sum() for v in moments.variance(1)) / 64
-    np.testing.assert_allclose(history["gsnr/gap_predicted"][-1], 4 * growth, rtol=0.05)
-    measured = history["gsnr/osgr_measured"][-1]
-    assert np.isfinite(measured) and not np.max(history["gsnr/osgr_predicted"]) > 1
-    drop = [b - a for a, b in zip(after, before)]
-    np.testing.assert_allclose(measured, drop[1] / drop[0], rtol=0.2, atol=0.05)
+    np.testing.assert_allclose(table["gap_predicted"], growth * np.arange(4), rtol=0.05)
+    measured = history["gsnr/osgr_measured"]
+    assert np.isfinite(measured).all() and not np.max(history["gsnr/osgr_predicted"]) > 1
+    losses = np.array(real.losses)
+    drops = losses[:-1] - losses[1:]
+    np.testing.assert_allclose(measured, drops[:, 1] / drops[:, 0], rtol=0.02)
+    assert (table["osgr_measured_se"] > 0).all()
 
 
 def test_both_gaps_are_of_the_same_moment_and_begin_at_zero(tmp_path):
-    model = classifier(keras.optimizers.SGD(0.05))
-    for layer in model.layers:
-        layer.trainable = not isinstance(layer, keras.layers.BatchNormalization)
-    test, gaps, rows = (X_TEST, LABELS_TEST), [], []
-
-    class Gaps(keras.callbacks.Callback):
-        """The real gap where training begins and after each step; what the logs say there."""
-
-        def on_train_begin(self, logs=None):
-            self.on_train_batch_end(0)
-
-        def on_train_batch_end(self, batch, logs=None):
-            probe_loss, test_loss = (
-                float(model.loss(y, model(x, training=False))) for x, y in ((X, LABELS), test)
-            )
-            gaps.append(test_loss - probe_loss)
-            rows.append(dict(logs or {}))
-
-    run = tmp_path / "run"
+    test, real, run = (X_TEST, LABELS_TEST), Gaps(), tmp_path / "run"
+    model = without_noise(classifier(keras.optimizers.SGD(0.05)))
     callback = tf_gsnr.GSNRCallback(X, LABELS, every_steps=3, test_data=test, run_dir=run)
-    history = fit(model, callback, Gaps(), epochs=2)
+    history = fit(model, callback, real, epochs=2)
     measured = records.read_records(run)
-    assert [r["step"] for r in measured] == [1, 4, 7]
+    assert [r["step"] for r in measured] == [0, 3, 6, 8]
     growth = 0.0
-    for record in measured:
-        row = rows[record["step"]]
-        growth += record["step_gap_growth_predicted"]
+    for record, after in zip(measured, [*measured[1:], None]):
         for name in ("gap", "gap_predicted"):
-            assert row[f"gsnr/{name}"] == record[name]
-        np.testing.assert_allclose(record["gap"], gaps[record["step"]] - gaps[0], atol=1e-5)
+            np.testing.assert_allclose(callback.history[name][measured.index(record)], record[name])
+        step = record["step"]
+        np.testing.assert_allclose(record["gap"], real.gaps[step] - real.gaps[0], atol=1e-5)
         np.testing.assert_allclose(record["gap_predicted"], growth)
-        growth += 2 * record["step_gap_growth_predicted"]
-    assert history["gsnr/gap"][-1] == measured[-1]["gap"]
+        if after is not None:  # the step that was looked at, and those after it as it
+            assert real.rows[step + 1]["gsnr/gap"] == pytest.approx(record["gap"])
+            growth += record["step_gap_growth_predicted"] * (after["step"] - step)
+    assert history["gsnr/gap"][-1] == pytest.approx(measured[-2]["gap"])
 
     # At the end of an epoch both are of its end.
-    gaps.clear(), rows.clear()
+    real = Gaps()
     callback = tf_gsnr.GSNRCallback(X, LABELS, every_epochs=2, test_data=test)
-    history = fit(model, callback, Gaps(), epochs=4)
-    np.testing.assert_allclose(history["gsnr/gap"][1], gaps[8] - gaps[4], atol=1e-5)
-    np.testing.assert_allclose(history["gsnr/gap"][3], gaps[16] - gaps[4], atol=1e-5)
+    history = fit(model, callback, real, epochs=4)
+    np.testing.assert_allclose(history["gsnr/gap"][1], real.gaps[8] - real.gaps[0], atol=1e-5)
+    np.testing.assert_allclose(history["gsnr/gap"][3], real.gaps[16] - real.gaps[0], atol=1e-5)
     predicted = history["gsnr/gap_predicted"]
-    assert math.isnan(predicted[0]) and 0 < predicted[1] == predicted[2] < predicted[3]
+    assert predicted[0] == 0 < predicted[1] == predicted[2] < predicted[3]
 
 
 @pytest.mark.parametrize(
@@ -210,7 +272,7 @@ def test_steps_per_execution_and_schedules():
     model.compile("sgd", model.loss, steps_per_execution=2)
     history = fit(model, callback, epochs=2)
     assert math.isnan(history["gsnr_plain/mean"][0]) and history["gsnr_plain/mean"][1] > 0
-    assert callback._step == 8
+    assert callback.step == 8 and callback.history["step"].tolist() == [4]
 
 
 @pytest.mark.parametrize(
@@ -222,6 +284,8 @@ def test_steps_per_execution_and_schedules():
         (dict(schedule=3), "schedule=3"),
         (dict(engine="fast"), "unknown engine"),
         (dict(test_data=X), "expected a pair"),
+        (dict(keep="all", run_dir="r"), "keep='all'"),
+        (dict(keep="gsnr"), "needs run_dir"),
     ],
 )
 def test_refuses_arguments(arguments, message):

@@ -5,6 +5,7 @@ Index letters: n example.
 
 from __future__ import annotations
 
+import html
 from typing import Any
 
 import keras
@@ -19,7 +20,7 @@ from tf_gsnr.gradients.vectorized import engine as vectorized
 
 
 class Table(list):
-    """A list of dicts with the same keys that prints as a table."""
+    """A list of dicts with the same keys that prints as a table, in a notebook too."""
 
     def __str__(self):
         if not self:
@@ -32,6 +33,15 @@ class Table(list):
         )
 
     __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        rows = [list(self[0]), *(row.values() for row in self)] if self else []
+        cells = [[html.escape(str(value)) for value in row] for row in rows]
+        lines = [
+            "".join(f"<{tag}>{cell}</{tag}>" for cell in row)
+            for tag, row in zip(["th", *["td"] * len(self)], cells)
+        ]
+        return f"<table>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"
 
 
 def explain(model: keras.Model) -> Table:
@@ -57,19 +67,31 @@ def explain(model: keras.Model) -> Table:
     network.check(model)
     table = Table()
     for unit in _units(model):
-        rule = None if unit.whole else rules.rule_of(unit.layer)
-        route = rule.function.__name__ if rule else "fallback (whole)" if unit.whole else "fallback"
-        if isinstance(unit.layer, keras.layers.RNN):
-            route = "recurrent"
         table.append(
             {
                 "layer": unit.layer.path or unit.layer.name,
                 "class": type(unit.layer).__name__,
                 "parameters": sum(int(np.prod(v.shape)) for v in unit.variables),
-                "route": route,
+                "route": _route(unit),
             }
         )
     return table
+
+
+def routes(model) -> dict:
+    """`id(variable) -> (class of its layer, route)`, as `explain` names them."""
+    return {
+        id(v): (type(unit.layer).__name__, _route(unit))
+        for unit in _units(model)
+        for v in unit.variables
+    }
+
+
+def _route(unit) -> str:
+    if isinstance(unit.layer, keras.layers.RNN):
+        return "recurrent"
+    rule = None if unit.whole else rules.rule_of(unit.layer)
+    return rule.function.__name__ if rule else "fallback (whole)" if unit.whole else "fallback"
 
 
 def _units(model):
@@ -128,11 +150,7 @@ def check_engine(
         ).moments.numpy()
         for engine in (layerwise, vectorized)
     )
-    units = _units(model)
-    routes = {row["layer"]: row["route"] for row in explain(model)}
-    route_of = {
-        id(v): routes[unit.layer.path or unit.layer.name] for unit in units for v in unit.variables
-    }
+    route_of = routes(model)
     table = Table()
     for j, variable in enumerate(model.trainable_variables):
         m2 = theirs.m2[j].max()
@@ -140,7 +158,7 @@ def check_engine(
         table.append(
             {
                 "variable": variable.path,
-                "route": route_of.get(id(variable), "unused"),
+                "route": route_of.get(id(variable), ("", "unused"))[1],
                 "mean": _relative(ours.mean[j] - theirs.mean[j], square**0.5),
                 "variance": _relative(ours.m2[j] - theirs.m2[j], m2),
             }

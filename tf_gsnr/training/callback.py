@@ -6,16 +6,20 @@ What it measures is in `probe.py`, when in `schedule.py`.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import keras
 import tensorflow as tf
 from absl import logging
 
-from tf_gsnr import checks, environment, keras_internals, metrics, shown
+from tf_gsnr import checks, keras_internals, metrics, shown
 from tf_gsnr.gradients import engines, losses, measure
 from tf_gsnr.gradients import examples as data
-from tf_gsnr.records import RunDirectory
-from tf_gsnr.training import gap, probe, schedule, tensorboard
+from tf_gsnr.records import columns
+from tf_gsnr.training import gap, probe, recorder, rows, schedule, tensorboard
+from tf_gsnr.training.recorder import Recorder
+
+KEPT = (None, "gsnr")
 
 
 class GSNRCallback(keras.callbacks.Callback):
@@ -32,39 +36,44 @@ class GSNRCallback(keras.callbacks.Callback):
 
     all at the same parameters, corrected for the size of the probe set where they are not called
     plain, and NaN where the signal cannot be told from zero; once an epoch it is logged why. With
-    `test_data` also, for one step of the real optimiser at each measurement, by the losses before
-    and after it:
+    `test_data` also
 
-        gsnr/osgr_measured    decrease of the test loss over that of the probe's, (23); a ratio of
-                              sums over the epoch's measured steps, NaN where the probe's loss did
-                              not fall
+        gsnr/osgr_measured    decrease of the test loss over that of the probe's, (23), in the step
+                              of the real optimiser that follows a measurement; a ratio of sums
+                              over the epoch's measured steps, NaN where the probe's loss did not
+                              fall
         gsnr/gap              by how much the gap between the test loss and the probe's has grown
-                              since the first measured step began
+                              since the first measurement
         gsnr/gap_predicted    the same by (14), added up over all steps since then; each step that
                               is not measured counts as the last that was. For optimisers with a
                               diagonal preconditioner an approximation, see `gap.py`
 
-    The two gaps are of the same moment: the end of the last measured step, or of the epoch that was
-    measured. The probe set stands for the training set: give training examples, all or a random
-    part.
+    The two gaps are of the moment of the last measurement. The probe set stands for the training
+    set: give training examples, all or a random part.
 
     The columns are the same in every epoch. Until something is measured they say NaN, and between
-    measurements the last numbers stay.
+    measurements the last numbers stay. All that was measured is in `callback.history`, a dict of
+    columns, and the last moments in `callback.moments`. With `run_dir` it is also on the disk, and
+    on a page to look at while the training goes on: `run_dir/page.html`.
 
     Args:
       x, y: the probe set, as `gradient_moments` takes it; a dataset, which holds its own targets,
         is read once and kept.
       sample_weight: `[examples]` factors of the examples' losses.
-      every_epochs: measure at the end of every so many-th epoch; the default is 1.
+      every_epochs: measure at the end of every so many-th epoch; the default is 1. With test data
+        or `run_dir` also where training begins.
       every_steps: measure before step 0, k, 2k, ...
       schedule: measure before the steps that it names: `linear`, `logarithmic` or `listed` of
         `tf_gsnr.training.schedule`, or any callable `step -> bool`. Give one of the three only.
       test_data: `(x, y)`, or a dataset of them, that are not trained on.
       examples: N, the number of training examples; default: the size of the probe set.
-      per_layer: also `gsnr/<variable path>` and `gsnr/gap_share/<layer>`.
+      per_layer: also `gsnr/<layer path>` and `gsnr/gap_share/<layer path>`.
       sign_counts: whether to measure `same_sign`.
-      run_dir: a directory for config.json and records.jsonl, as the experiments write.
+      run_dir: a directory for the page, page.html, and records.jsonl, a row a measurement, the
+        last step among them; see `tf_gsnr.read`. A training that begins anew does not touch the
+        records of another; one that goes on from a saved model continues them.
       overwrite: whether an earlier run in `run_dir` may be thrown away.
+      keep: "gsnr" to store the GSNR of every parameter at each measurement in `run_dir/gsnr/`.
       log_dir: a directory for TensorBoard, with histograms of the parameters' GSNR per variable.
       loss, engine, batch_size, training, batch_norm, contributions, seed, dtype, jit_compile: of
         `gradient_moments`.
@@ -100,6 +109,7 @@ class GSNRCallback(keras.callbacks.Callback):
         sign_counts: bool = True,
         run_dir=None,
         overwrite: bool = False,
+        keep: str | None = None,
         log_dir=None,
         loss=None,
         engine: str = "auto",
@@ -126,8 +136,13 @@ class GSNRCallback(keras.callbacks.Callback):
         checks.positive_integer("batch_size", batch_size)
         if examples is not None:
             checks.positive_integer("examples", examples)
-        for name, value in (("per_layer", per_layer), ("sign_counts", sign_counts)):
+        flags = {"per_layer": per_layer, "sign_counts": sign_counts, "overwrite": overwrite}
+        for name, value in flags.items():
             checks.boolean(name, value)
+        if keep not in KEPT:
+            raise ValueError(f"keep={keep!r}: expected 'gsnr', or None")
+        if keep and run_dir is None:
+            raise ValueError(f"keep={keep!r} needs run_dir, the directory to keep it in")
         self._options = dict(
             loss=loss,
             sample_weight=sample_weight,
@@ -143,17 +158,29 @@ class GSNRCallback(keras.callbacks.Callback):
         )
         self._batch_size = batch_size
         self._examples = examples or data.count(self._x)
-        self._per_layer = per_layer
-        self._run_dir, self._overwrite, self._log_dir = run_dir, overwrite, log_dir
-        self._directory = self._writer = self._losses = None
-        self._step = 0  # steps done since the start of all training
-        self._latest = {}
+        self._per_layer, self._keep, self._log_dir = per_layer, keep, log_dir
+        self._recorder = None if run_dir is None else Recorder(run_dir, overwrite)
+        self._writer = self._losses = self._first_step = None
+        self._steps = 0  # since this callback's first training began
+        self._rows = []  # all that was measured
+        self._latest = {}  # what the logs show
         self._untold = {}  # by reason, which columns of the epoch's last measurement are NaN
-        self._before = None  # (moments, record, probe loss, test loss) before the measured step
-        self._decreases = []  # of the (test, probe) loss in this epoch's measured steps
+        self._decreases = []  # of the losses of (test, probe) examples in this epoch's steps
+        self._pending = None  # the row of a measurement whose step is not yet made
         self._growth = 0.0  # predicted, per step
-        self._first_gap = None  # test loss minus probe loss where the first measured step began
+        self._first: Any = None  # losses of (probe, test) examples at the first measurement
         self._gap_predicted = 0.0  # grown since then
+        self.moments = None
+
+    @property
+    def history(self) -> dict:
+        """All that was measured, `{name: array}`, `[measurements]` each."""
+        return columns(self._rows)
+
+    @property
+    def step(self) -> int:
+        """How many steps the model was trained for, as its optimiser counts them."""
+        return (self._first_step or 0) + self._steps
 
     def on_train_begin(self, logs=None):
         losses.of_batch(self.model, self._options["loss"])  # raises where there is none
@@ -164,15 +191,29 @@ class GSNRCallback(keras.callbacks.Callback):
             if not gap.supported(self.model.optimizer):
                 logging.info("gsnr/gap_predicted is not known for this optimiser")
         self._latest = dict.fromkeys(self._columns(), math.nan) | self._latest
+        self._epoch = 0
+        if self._first_step is None:
+            self._first_step = recorder.steps_made(self.model)
         if self.model.built:
             self._refuse_what_cannot_be_measured()
-        if self._run_dir is not None and self._directory is None:
-            self._directory = RunDirectory(
-                self._run_dir, self._settings(), overwrite=self._overwrite
-            )
-            self._directory.write_config(environment.found())
+            self._begin_records()
         if self._log_dir is not None and self._writer is None:
             self._writer = tensorboard.open_writer(self._log_dir)
+
+    def _begin_records(self):
+        if self._recorder is None:
+            return
+        new = not self._recorder.open
+        settings, layers = self._settings(), recorder.layers_of(self.model)
+        about = {
+            "epochs": self.params.get("epochs"),
+            "steps_per_epoch": self.params.get("steps"),
+            "optimizer_is_known": gap.supported(self.model.optimizer),
+        }
+        self._recorder.begin(settings, layers, self._first_step if new else self.step, about)
+        if new and self._recorder.rows:
+            self._rows = list(self._recorder.rows)
+            self._gap_predicted = self._rows[-1].get("gap_predicted", 0.0)
 
     def _refuse_what_cannot_be_measured(self):
         """Measures one micro-batch, so that what is refused is refused before training."""
@@ -186,65 +227,124 @@ class GSNRCallback(keras.callbacks.Callback):
     def on_epoch_begin(self, epoch, logs=None):
         self._epoch = epoch
         self._decreases, self._untold = [], {}
-        self._epoch_step = self._due_epoch(epoch + 1) and self._test is not None
 
     def on_train_batch_begin(self, batch, logs=None):
-        due = self._due_step(self._step)
-        if due or self._epoch_step:
-            measurement = self._measure(record=due and self._test is None)
-            if self._test is not None:
-                self._before = (*measurement, *self._both_losses())
-        self._epoch_step = False
+        first = self._due_step is _never and not self._rows and self._wants_start()
+        if self._due_step(self._steps) or first:
+            self._measure()
         self._batch = batch
+
+    def _wants_start(self):
+        return self.model.built and (self._test is not None or self._recorder is not None)
 
     def on_train_batch_end(self, batch, logs=None):
         steps = keras_internals.steps_of_execution(self.model, self._batch, batch)
-        self._step += steps
-        if self._before is not None:
-            self._after(steps)
-        else:
-            self._gap_predicted += steps * self._growth
+        self._steps += steps
+        if self._recorder is not None and not self._recorder.open:
+            self._begin_records()  # the model was not built before
+        if self._test is not None and self._pending is not None:
+            self._look_at_the_step(steps)
+        self._gap_predicted += steps * self._growth
+        self._write_pending()
         self._into(logs)
 
     def on_epoch_end(self, epoch, logs=None):
         if self._due_epoch(epoch + 1):
-            _, record = self._measure(record=False)
-            if self._first_gap is not None:
-                record = record | self._gaps(*self._both_losses())
-            self._record(record)
+            self._measure()
         for why, names in self._untold.items():
             logging.warning("epoch %d: %s: %s", epoch + 1, ", ".join(names), why)
         self._into(logs)
 
     def on_train_end(self, logs=None):
+        if self._recorder is not None and self._recorder.open:
+            if self._pending is None and (not self._rows or self._rows[-1]["step"] < self.step):
+                self._measure()
+            self._write_pending()
+            self._recorder.end("done")
+        self._write_pending()
         if self._writer is not None:
             self._writer.flush()
 
-    def _measure(self, record: bool):
+    def _measure(self):
+        """Measures at the parameters as they are; the row waits for the next step, if it is due."""
+        self._write_pending()
         try:
-            moments, record_of_moments = probe.measure(
-                self.model, self._x, self._y, **self._options
-            )
+            self.moments = measure.gradient_moments(self.model, self._x, self._y, **self._options)
         except tf.errors.InvalidArgumentError as error:
             raise ValueError(
                 f"the probe set does not fit model {self.model.name!r}: {error.message}"
             ) from error
-        record_of_moments["osgr_predicted"] = metrics.osgr(moments, self._examples)
-        self._latest |= {
-            shown.in_logs(k): v for k, v in record_of_moments.items() if self._is_logged(k)
+        row = {
+            "step": self.step,
+            "epoch": self._epoch,
+            "learning_rate": recorder.learning_rate(self.model),
+            **rows.of_moments(self.moments, self.model, self._examples),
         }
+        if self._test is not None:
+            row |= self._losses_and_gap()
+        self._show(row)
         self._untold = {}
-        for why, names in metrics.why_nan(moments, self.model, record_of_moments).items():
+        for why, names in metrics.why_nan(self.moments, self.model, row).items():
             names = [shown.in_logs(name) for name in names if self._is_logged(name)]
             if names:
                 self._untold[f"{why}; a larger probe set tells more"] = names
-        if record:
-            self._record(record_of_moments)
+        self._pending = row
+
+    def _losses_and_gap(self) -> dict:
+        size = self._batch_size
+        now = self._losses(self._x, self._y, size), self._losses(*self._test, size)
+        probe_loss, test_loss = (float(each.mean()) for each in now)
+        self._now = now
+        numbers = {"loss": probe_loss, "test_loss": test_loss}
+        if self._first is None and self._rows and "test_loss" in self._rows[0]:
+            start = self._rows[0]  # of the training that this one continues
+            grown = test_loss - probe_loss - (start["test_loss"] - start["loss"])
+            numbers |= {"gap": grown}
+        else:
+            self._first = self._first or now
+            grown = [after - before for after, before in zip(now, self._first)]
+            numbers["gap"], numbers["gap_se"] = probe.growth_of_gap(*grown[::-1], self._is_whole())
+        return numbers | {"gap_predicted": self._gap_predicted}
+
+    def _is_whole(self) -> bool:
+        """Whether the probe set is the whole training set."""
+        return self._examples == data.count(self._x)
+
+    def _look_at_the_step(self, steps):
+        """What the step that was just made did to the losses."""
+        row, size = self._pending, self._batch_size
+        before = self._now
+        after = self._losses(self._x, self._y, size), self._losses(*self._test, size)
+        probe_falls, test_falls = (b - a for b, a in zip(before, after))
+        self._decreases.append((test_falls, probe_falls))
+        self._growth = math.nan
+        if gap.supported(self.model.optimizer):
+            self._growth = probe.predicted_growth(
+                self.moments, self.model.optimizer, self._examples
+            )
+        test, train = (sum(falls) for falls in zip(*self._decreases))
+        row["osgr_measured"], row["osgr_measured_se"] = probe.ratio_of_decreases(
+            test, train, self._is_whole()
+        )
+        row["step_probe_decrease"] = float(probe_falls.mean())
+        row["step_test_decrease"] = float(test_falls.mean())
+        row["step_gap_growth_predicted"] = steps * self._growth
+        self._show({"osgr_measured": row["osgr_measured"]})
+
+    def _write_pending(self):
+        row, self._pending = self._pending, None
+        if row is None or self._rows and row["step"] <= self._rows[-1]["step"]:
+            return
+        self._rows.append(row)
         if self._writer is not None:
             tensorboard.write_tensorboard(
-                self._writer, moments, self.model, self._step, record=record_of_moments
+                self._writer, self.moments, self.model, row["step"], record=row
             )
-        return moments, record_of_moments
+        if self._recorder is not None and self._recorder.open:
+            self._recorder.add(row, rows.histograms_of_moments(self.moments, self.model))
+            if self._keep:
+                paths = [v.path for v in self.model.trainable_variables]
+                self._recorder.keep(row["step"], dict(zip(paths, metrics.gsnr(self.moments))))
 
     def _columns(self):
         """The names of all that will ever be logged."""
@@ -253,75 +353,35 @@ class GSNRCallback(keras.callbacks.Callback):
         numbers = [n for n in shown.NUMBERS.values() if n.in_records and not lacking & set(n.needs)]
         names = [number.in_records for number in numbers]
         if self._per_layer:
-            paths = [v.path for v in self.model.trainable_variables]
-            names += [f"gsnr/{path}" for path in paths]
-            names += [f"gap_share/{layer}" for layer in metrics.by_layer(paths)]
+            layers = metrics.by_layer([v.path for v in self.model.trainable_variables])
+            names += [f"{kind}/{layer}" for kind in ("gsnr", "gap_share") for layer in layers]
         return [shown.in_logs(name) for name in names]
 
     def _is_logged(self, name):
         return shown.in_logs(name) in self._latest
 
-    def _both_losses(self):
-        size = self._batch_size
-        return self._losses(self._x, self._y, size), self._losses(*self._test, size)
-
-    def _after(self, steps):
-        """What the step that was just made did to the losses."""
-        moments, record, probe_before, test_before = self._before
-        self._before = None
-        probe_loss, test_loss = self._both_losses()
-        self._decreases.append((test_before - test_loss, probe_before - probe_loss))
-        if self._first_gap is None:
-            self._first_gap = test_before - probe_before
-        growth = math.nan
-        if gap.supported(self.model.optimizer):
-            growth = probe.predicted_growth(moments, self.model.optimizer, self._examples)
-        self._growth = growth
-        self._gap_predicted += steps * growth
-        gaps = self._gaps(probe_loss, test_loss)
-        test_falls, probe_falls = map(sum, zip(*self._decreases))
-        measured = {"osgr_measured": test_falls / probe_falls if probe_falls > 0 else math.nan}
-        self._latest |= {shown.in_logs(name): value for name, value in measured.items()}
-        self._record(
-            record
-            | measured
-            | gaps
-            | {
-                "step_probe_decrease": probe_before - probe_loss,
-                "step_test_decrease": test_before - test_loss,
-                "step_gap_growth_predicted": steps * growth,
-            }
-        )
-
-    def _gaps(self, probe_loss, test_loss):
-        """The gap as it has grown until now, measured and predicted, into the logs."""
-        measured = test_loss - probe_loss - self._first_gap
-        gaps = {"gap": measured, "gap_predicted": self._gap_predicted}
-        self._latest |= {shown.in_logs(name): value for name, value in gaps.items()}
-        return gaps
-
-    def _record(self, numbers):
-        if self._directory is not None:
-            self._directory.append({"epoch": self._epoch, "step": self._step, **numbers})
+    def _show(self, numbers):
+        self._latest |= {shown.in_logs(k): v for k, v in numbers.items() if self._is_logged(k)}
 
     def _into(self, logs):
         if logs is not None:
             logs.update(self._latest)
 
     def _settings(self):
-        optimizer = self.model.optimizer
-        return {
-            "experiment": "callback",
-            "model": self.model.name,
-            "parameters": self.model.count_params(),
-            "optimizer": type(optimizer).__name__,
-            "learning_rate": float(tf.convert_to_tensor(optimizer.learning_rate)),
-            "probe_examples": data.count(self._x),
-            "test_examples": data.count(self._test[0]) if self._test else 0,
-            "examples": self._examples,
-            "cadence": self.cadence,
-            "engine": self._options["engine"],
-        }
+        return recorder.about_training(
+            self.model,
+            measured_by="GSNRCallback",
+            probe_examples=data.count(self._x),
+            test_examples=data.count(self._test[0]) if self._test else 0,
+            examples=self._examples,
+            cadence=self.cadence,
+            engine=self._options["engine"],
+            batch_norm=self._options["batch_norm"],
+            contributions=self._options["contributions"],
+            probe_data=recorder.digest((self._x, self._y)),
+            test_data=recorder.digest(self._test),
+            seed=keras_internals.global_seed(),
+        )
 
 
 def _cadence(every_epochs, every_steps, due):

@@ -10,6 +10,8 @@ of parameters for which one stands, tr = sum_j w_j s2_j.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import keras
 import numpy as np
 import tensorflow as tf
@@ -22,6 +24,32 @@ SHOWN = shown.IN_FIT
 MEDIAN_SAMPLE = 2**14  # parameters: sorting all of a large model would cost too much
 # Rows of `_sums`: S and V; then, of u_k = B |g|^2 - tr_k and tr_k, what `told_from_zero` asks for.
 SIGNAL, NOISE, TRACE, SQUARES, DIAGONAL, PRODUCTS, SIGNALS_SQUARED = range(7)
+
+
+class Reading(NamedTuple):
+    """What a meter has added up: of the model, then of each of its `layers`, `[1 + layers]`.
+
+    Attributes:
+      examples, steps: that were measured, together.
+      signal, signal_se, noise: S and V of the model, and the standard error of S.
+      least: the least `gsnr` of the model that could be told from zero.
+      gsnr, same_sign: means over the parameters.
+      shares: of each in V.
+      dead: how many parameters have no variance, made up from the sample.
+      ratios: r_j of the sampled parameters `[k]`, NaN without variance.
+    """
+
+    examples: int
+    steps: int
+    signal: float
+    signal_se: float
+    noise: float
+    least: float
+    gsnr: np.ndarray
+    same_sign: np.ndarray
+    shares: np.ndarray
+    dead: np.ndarray
+    ratios: np.ndarray
 
 
 class GSNRMeter(keras.metrics.Metric):
@@ -50,6 +78,7 @@ class GSNRMeter(keras.metrics.Metric):
       bias_corrected: False shows the paper's plain estimates, of sums of g_j^2 and rho2_j and of
         max(n+, n-) / n, untested.
       per_layer: also `gsnr/<layer path>`, the mean over each layer's parameters.
+      layers: whether layers are added up one by one, shown or not.
       examples: N, where it is known.
       paths: of the variables, if not their own.
       sample: a `Sample` of their parameters; None for all.
@@ -63,6 +92,7 @@ class GSNRMeter(keras.metrics.Metric):
         pool,
         bias_corrected,
         per_layer,
+        layers=False,
         examples=None,
         paths=None,
         sample=None,
@@ -75,12 +105,13 @@ class GSNRMeter(keras.metrics.Metric):
         self._bias_corrected = bias_corrected
         self.sample = sample or Sample([v.shape for v in variables])
         paths = [v.path for v in variables] if paths is None else list(paths)
-        layers = metrics.by_layer(paths) if per_layer else {}
-        self._layers = list(layers)
+        groups = metrics.by_layer(paths) if per_layer or layers else {}
+        self.layers = list(groups)
+        self._layers_shown = self.layers if per_layer else []
         whole = range(len(paths))
         # Which variables belong to the whole model, and to each layer: [1 + layers, variables].
         self._members = np.array(
-            [[i in group for i in whole] for group in (whole, *layers.values())], np.float64
+            [[i in group for i in whole] for group in (whole, *groups.values())], np.float64
         )
 
         def state(name, shape=(), dtype="int64", value=0):
@@ -100,9 +131,9 @@ class GSNRMeter(keras.metrics.Metric):
         self._counted = state("counted")  # examples in these steps
         self._alone = state("alone")  # steps of fewer than two examples
         self._sums = state("sums", [7, len(self._members)], "float64")
-        self._agreement = state("agreement", [2], "float64")
+        self._agreement = state("agreement", [2, len(self._members)], "float64")
         self._signal = self._noise = None
-        if "ratios" in self._needs or layers:
+        if "ratios" in self._needs or groups:
             self._signal = state("signal", [self.sample.size], "float64")
             self._noise = state("noise", [self.sample.size], "float64")
 
@@ -158,12 +189,18 @@ class GSNRMeter(keras.metrics.Metric):
                 _add(into, keep, added)
         self._add_sums(squares, spreads, diagonal, a, b, c, free, keep)
         if self.sign_counts:
-            agreement = _agreement(moments, self.sample.weights, self._bias_corrected)
-            _add(self._agreement, keep, a * tf.stack(agreement))
+            share, counted = _agreement(moments, self.sample.weights, self._bias_corrected)
+            _add(self._agreement, keep, a * self._added_up([counted * share, counted]))
         one, kept = tf.cast(usable, tf.int64), tf.cast(keep, tf.int64)
         self._measured.assign(kept * self._measured.value + one)
         self._counted.assign(kept * self._counted.value + one * moments.count)
         self._alone.assign_add(1 - one)
+
+    def _added_up(self, values):
+        """Sums over the parameters of the model and of each layer, of each of these `[k]`."""
+        if not self.layers:
+            return tf.reduce_sum(tf.stack(values), axis=1, keepdims=True)
+        return tf.matmul(self.sample.sums(tf.stack(values, 1)), self._members, True, True)
 
     def _grow(self, growth, every):
         self._growth.assign(growth)
@@ -211,12 +248,12 @@ class GSNRMeter(keras.metrics.Metric):
             examples=n,
             mean_ratio=means[0],
             median_ratio=median,
-            agreeing=self._agreement.value[0],
-            pairs=self._agreement.value[1],
+            agreeing=self._agreement.value[0, 0],
+            pairs=self._agreement.value[1, 0],
             gap=gap,
         )
         results = {name: shown.NUMBERS[name].in_fit(added_up) for name in self.shown}
-        results |= {f"gsnr/{layer}": v for layer, v in zip(self._layers, means[1:])}
+        results |= {f"gsnr/{layer}": v for layer, v in zip(self._layers_shown, means[1:])}
         return {name: tf.cast(value, tf.float32) for name, value in results.items()}
 
     def _told(self, sums):
@@ -248,16 +285,55 @@ class GSNRMeter(keras.metrics.Metric):
             ratios, weights = tf.gather(ratios, some), tf.gather(weights, some)
         return means, tf.where(told[0], arrays.weighted_median(ratios, weights), np.nan)
 
+    def known_examples(self) -> int:
+        """N: as told, or as counted in the longest epoch so far."""
+        told, learnt, seen = (int(v.numpy()) for v in (self.examples, self._learnt, self.seen))
+        return told or max(learnt, seen)
+
+    def reading(self) -> Reading:
+        """All that is known, layer by layer; outside a graph."""
+        sums, agreement = self._sums.numpy(), self._agreement.numpy()
+        examples, steps = (float(v) for v in self._examples_and_steps())
+        told, bound = self._told(tf.convert_to_tensor(self._sums.value))
+        signal, noise = self._signal.numpy(), self._noise.numpy()
+        ratios = arrays.divide(signal, noise, np.nan)
+        means, _ = self._ratios(told, bound)
+        weights = self.sample.weights
+        dead = np.bincount(
+            self.sample.owner, np.where(noise == 0, weights, 0), self._members.shape[1]
+        )
+        least = error = np.nan
+        if bound is not None and examples > steps + 2:
+            bias = 2 / (examples - steps - 2)
+            least = (float(bound[0]) + bias) * steps / examples
+            error = float(bound[0]) / 2 * sums[TRACE, 0]
+            if steps < metrics.STEPS:  # the bound is of no signal: what there is adds to the error
+                more = 4 * max(sums[SIGNAL, 0], 0) * sums[TRACE, 0] / steps / metrics.DIRECTIONS
+                error = float(np.hypot(error, np.sqrt(more)))
+        return Reading(
+            examples=int(self._counted.numpy()),
+            steps=int(self._measured.numpy()),
+            signal=sums[SIGNAL, 0],
+            signal_se=error,
+            noise=sums[NOISE, 0],
+            least=least,
+            gsnr=means.numpy(),
+            same_sign=arrays.divide(*agreement, np.nan),
+            shares=arrays.divide(sums[NOISE], sums[NOISE, 0], np.nan),
+            dead=self._members @ dead,
+            ratios=ratios,
+        )
+
     @property
     def result_names(self) -> list:
-        return [*self.shown, *(f"gsnr/{layer}" for layer in self._layers)]
+        return [*self.shown, *(f"gsnr/{layer}" for layer in self._layers_shown)]
 
     def reasons(self) -> list:
         """Why what is NaN is NaN, a line for each reason; at an epoch's end, outside a graph."""
         steps, counted, alone = (
             int(v.numpy()) for v in (self._measured, self._counted, self._alone)
         )
-        groups = {f"gsnr/{layer}": i for i, layer in enumerate(self._layers, 1)}
+        groups = {f"gsnr/{layer}": i for i, layer in enumerate(self.layers, 1)}
         varied = self._sums.numpy()[NOISE] > 0
         by_reason = {}
         for name, value in self.result().items():
@@ -311,7 +387,7 @@ def _add(variable, keep, added):
 
 
 def _agreement(moments, weights, bias_corrected):
-    """The sum over parameters of `metrics.same_sign`, and over how many; float64 scalars."""
+    """Per parameter `metrics.same_sign`, and for how many it counts; float64 `[k]`."""
     positive, negative = (
         arrays.flat([tf.cast(v, tf.float32) for v in counts])
         for counts in (moments.positives, moments.negatives)
@@ -323,5 +399,4 @@ def _agreement(moments, weights, bias_corrected):
         share, there = 1 - apart, pairs > 0
     else:
         share, there = tf.math.divide_no_nan(tf.maximum(positive, negative), n), n > 0
-    counted = tf.where(there, weights, 0)
-    return tf.reduce_sum(counted * tf.cast(share, tf.float64)), tf.reduce_sum(counted)
+    return tf.cast(share, tf.float64), tf.where(there, weights, 0)

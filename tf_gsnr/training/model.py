@@ -19,8 +19,10 @@ from absl import logging
 from tf_gsnr import checks, keras_internals
 from tf_gsnr.gradients import distributed, engines, examples, network, onednn
 from tf_gsnr.shown import needed
-from tf_gsnr.training import gap, plan, step
+from tf_gsnr.training import bar, epochs, gap, plan, step
+from tf_gsnr.training.bar import ProgressBar
 from tf_gsnr.training.meter import SHOWN, GSNRMeter
+from tf_gsnr.training.recorder import Recorder
 from tf_gsnr.training.sample import LEAST, LEAST_OF_LAYERS, SIZE, Sample
 
 LEARN_EVERY = 16  # steps, after which it is read what the comparisons found
@@ -40,14 +42,16 @@ def GSNRModel(  # noqa: N802 (one line of a script, in the place of a class)
     per_layer: bool = False,
     examples: int | None = None,
     sample: int | None = SIZE,
+    progress: tuple = bar.NUMBERS[:2],
+    run_dir=None,
+    overwrite: bool = False,
 ) -> keras.Model:
     """Makes `fit` measure the GSNR of a model's parameters; returns the same model object.
 
     It stays the user's own: its class, its `compute_loss`, `compute_metrics`, `test_step`,
     `predict_step`, its layers, how it is saved, loaded, cloned and pickled; what is saved is the
     plain model and needs nothing of this package. Only its training step is another one, which
-    trains as Keras's does. Beside the loss and metrics, the progress bar, `History` and every
-    callback see:
+    trains as Keras's does. Beside the loss and metrics, `History` and every callback see:
 
         gsnr          mean of r_j = g_j^2 / rho2_j over the parameters (25)
         gsnr_median   their median
@@ -96,6 +100,12 @@ def GSNRModel(  # noqa: N802 (one line of a script, in the place of a class)
         `train_on_batch`, had so far.
       sample: about how many parameters to measure, if the model has more; None for all, at several
         times the cost and 16 bytes a parameter.
+      progress: which of the numbers the progress bar shows; History has all of them.
+      run_dir: a directory for a page to look at while the model trains, page.html, and for
+        records.jsonl: a row at the end of each epoch, and within long ones, layer by layer; see
+        `tf_gsnr.read`. A training that begins anew does not touch the records of another; one that
+        goes on from a saved model continues them.
+      overwrite: whether an earlier run in `run_dir` may be thrown away.
 
     Raises:
       ValueError: an argument is not usable; or, in `fit`, the model has nothing to train.
@@ -112,10 +122,19 @@ def GSNRModel(  # noqa: N802 (one line of a script, in the place of a class)
     ['gsnr', 'gsnr_median']
     """
     _check(model, engine, measure_every, pool, shown, examples, sample)
+    checks.boolean("overwrite", overwrite)
+    bar.check("progress", progress)
     meter = dict(
-        pool=pool, bias_corrected=bool(bias_corrected), per_layer=bool(per_layer), shown=shown
+        pool=pool,
+        bias_corrected=bool(bias_corrected),
+        per_layer=bool(per_layer),
+        layers=run_dir is not None,
+        shown=shown,
     )
-    _Training(model, int(measure_every), examples, sample, meter).take_over()
+    recorder = None if run_dir is None else Recorder(run_dir, overwrite)
+    _Training(
+        model, int(measure_every), examples, sample, meter, tuple(progress), recorder
+    ).take_over()
     return model
 
 
@@ -126,8 +145,9 @@ class _Training:
     of all others, which knows the outcome. A plain step is Keras's own.
     """
 
-    def __init__(self, model, every, examples, sample, meter_options):
+    def __init__(self, model, every, examples, sample, meter_options, progress, recorder):
         self.reference = weakref.ref(model)
+        self.progress, self.recorder = progress, recorder
         self.every, self.fixed_examples, self.sample = every, examples, sample
         self.meter_options = meter_options
         self.told = examples or 0
@@ -172,19 +192,38 @@ class _Training:
         verbose = {**bound.arguments, **given}.get("verbose", "auto")
         self.look_every = 0.0
         if isinstance(callbacks, keras.callbacks.CallbackList):
-            epochs = _Epochs(self)
-            epochs.set_model(model)
-            callbacks.callbacks.insert(0, epochs)
+            mine = self.callback()
+            mine.set_model(model)
+            mine.set_params(callbacks.params)
+            callbacks.callbacks.insert(0, mine)
         elif "callbacks" in signature.parameters or rest:
             more = callbacks if isinstance(callbacks, (list, tuple)) else [callbacks]
             more = [c for c in more if c is not None]
-            given["callbacks"] = [_Epochs(self), *more]
-            if not any(map(_looks_at_batches, more)):
+            given["callbacks"] = [self.callback(), *more]
+            bars = [c for c in more if isinstance(c, keras.callbacks.ProgbarLogger)]
+            if verbose != 0 and not bars:
+                given["callbacks"].append(ProgressBar(self.progress))
+            if not any(map(epochs.looks_at_batches, more)):
                 self.look_every = None if verbose in (0, 2) else LOOK_EVERY
         try:
-            return fit(*bound.args, **bound.kwargs)
+            history = fit(*bound.args, **bound.kwargs)
+        except BaseException:
+            self.end_records("stopped")
+            raise
         finally:
             self.look_every = 0.0
+        self.end_records("done")
+        return history
+
+    def callback(self):
+        """What looks on while `fit` runs."""
+        if self.recorder is None:
+            return epochs.Epochs(self)
+        return epochs.RecordedEpochs(self, self.recorder, self.every)
+
+    def end_records(self, state):
+        if self.recorder is not None:
+            self.recorder.end(state)
 
     def look(self) -> dict:
         """What the meter shows, or what it showed a moment ago; nothing where nobody looks."""
@@ -241,7 +280,8 @@ class _Training:
             )
             options["shown"] = [n for n in options["shown"] if "optimizer" not in needed([n])]
         with tf.init_scope(), model.distribute_strategy.scope():
-            least = LEAST_OF_LAYERS if options["per_layer"] else LEAST
+            by_layer = options["per_layer"] or options["layers"]
+            least = LEAST_OF_LAYERS if by_layer else LEAST
             sample = Sample([v.shape for v in variables], self.sample, least)
             options |= dict(examples=self.told, sample=sample)
             self.meter = GSNRMeter(variables, options.pop("shown"), **options)
@@ -344,37 +384,6 @@ class _Training:
             logging.warning("GSNRModel(%r): %s", self.model.name, line)
         grown = len(self.plan.whole) > whole or len(self.plan.unmeasured) > unmeasured
         self.stale = self.stale or grown and not first
-
-
-def _looks_at_batches(callback) -> bool:
-    names = ("on_batch_end", "on_train_batch_end")
-    theirs = [getattr(type(callback), name, None) for name in names]
-    same = [t is getattr(keras.callbacks.Callback, name) for t, name in zip(theirs, names)]
-    return not all(same) or any(name in vars(callback) for name in names)
-
-
-class _Epochs(keras.callbacks.Callback):
-    """Empties the meter when an epoch begins; shows it when it ends, or says why it cannot.
-
-    It is the first of the callbacks, which all are given the same logs.
-    """
-
-    def __init__(self, training):
-        super().__init__()
-        self.training = training
-
-    def on_epoch_begin(self, epoch, logs=None):
-        if self.training.meter is not None:
-            self.training.meter.reset_state()
-
-    def on_epoch_end(self, epoch, logs=None):
-        if self.training.meter is None:  # there was no step
-            return
-        self.training.learn({})
-        if logs is not None:
-            logs |= {k: float(v) for k, v in self.training.read().items()}
-        for reason in self.training.meter.reasons():
-            logging.warning("epoch %d: %s", epoch + 1, reason)
 
 
 def _shapes(iterator) -> list:
