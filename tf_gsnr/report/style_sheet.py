@@ -17,7 +17,7 @@ STYLE = """
 }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--page); color: var(--text);
-  font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
+  font: 1rem/1.55 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
 main { max-width: 72rem; margin: 0 auto; padding: 2rem 2.5rem 5rem; background: var(--sheet); }
 h1 { font-size: 1.9rem; margin: 0.5rem 0 1rem; }
 h2 { font-size: 1.35rem; margin: 3.2rem 0 0.8rem; padding-top: 1.2rem;
@@ -47,7 +47,7 @@ figure { margin: 1.2rem 0; }
 .plate img { display: block; width: var(--width); max-width: 100%; height: auto; }
 figcaption { color: var(--quiet); font-size: 0.9rem; margin-top: 0.3rem; }
 .badge { display: inline-block; padding: 0.05rem 0.55rem; border-radius: 1rem;
-  white-space: nowrap; font-size: 0.85rem; font-weight: 600; }
+  white-space: nowrap; font-size: 0.9em; font-weight: 600; }
 .good { background: var(--good); color: var(--on-good); }
 .middling { background: var(--middling); color: var(--on-middling); }
 .bad { background: var(--bad); color: var(--on-bad); }
@@ -77,10 +77,9 @@ figcaption { color: var(--quiet); font-size: 0.9rem; margin-top: 0.3rem; }
 @media print {
   body, main { background: none; }
   main { max-width: none; padding: 0; }
-  body { font-size: 10.5pt; }
-  pre { white-space: pre-wrap; font-size: 7pt; }
-  td code { max-width: none; overflow: visible; }
-  td code span, pre { overflow-wrap: anywhere; white-space: pre-wrap; }
+  html { font-size: 10pt; }
+  pre { white-space: pre-wrap; overflow-wrap: anywhere; font-size: 6.5pt; }
+  td code { max-width: none; overflow: visible; font-size: 6.5pt; }
   table { font-size: 8pt; }
   tr, figure, pre { break-inside: avoid; }
   h2, h3 { break-after: avoid; }
