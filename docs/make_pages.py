@@ -94,10 +94,14 @@ def results() -> str:
     root = HERE.parent
     lines = (root / "RESULTS.md").read_text("utf-8").splitlines()
     first = next(i for i, line in enumerate(lines) if line.startswith("|"))
-    table = []
-    for line in itertools.takewhile(lambda line: line.startswith("|"), lines[first:]):
-        cells = [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:6]]
-        table.append(f"| {' | '.join(cells)} |")
+    rows = [
+        [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
+        for line in itertools.takewhile(lambda line: line.startswith("|"), lines[first:])
+    ]
+    left_out = {rows[0].index("run"), rows[0].index("command")}
+    table = [
+        f"| {' | '.join(cell for k, cell in enumerate(row) if k not in left_out)} |" for row in rows
+    ]
     text = (root / "README.md").read_text("utf-8")
     begin = text.index("-->", text.index("<!-- results:")) + 4
     end = text.index("<!-- /results -->")

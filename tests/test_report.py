@@ -1,10 +1,16 @@
 """The report: run directories found, joined and written up, without TensorFlow."""
 
+import base64
+import importlib.util
 import json
 import math
 import re
 import subprocess
 import sys
+from collections import Counter
+from html import unescape
+from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 from absl import flags
@@ -142,8 +148,8 @@ def test_the_document(tmp_path):
     write_run(tmp_path / "runs" / "small", frozen_records(), planned=3)
     output, html = report.write([tmp_path / "runs"], tmp_path / "RESULTS.md")
     text = output.read_text()
-    lines = [line for line in text.splitlines() if line.startswith("| figure 6 |")]
-    assert len(lines) == 2 and all("**holds**" in line for line in lines)
+    lines = [line for line in text.splitlines() if "| figure 6 |" in line]
+    assert len(lines) == 2 and all(line.startswith("| **holds** |") for line in lines)
     assert "python -m tf_gsnr.main --flagfile=flags/x.flags --data_dir=DIR" in lines[0]
     assert "/home/me" not in text + html.read_text() and str(tmp_path) not in text
     for link in re.findall(r"!\[.*?\]\((.*?)\)", text):
@@ -152,8 +158,163 @@ def test_the_document(tmp_path):
     assert set(re.findall(r"\]\(#(.*?)\)", text)) <= anchors
     assert "| `width` | 5 |" in text and "1 min 15 s" in text and "2 cores of a processor" in text
     page = html.read_text()
-    assert "data:image/png;base64," in page and 'src="docs' not in page and "http" not in page
+    assert "data:image/svg+xml;base64," in page and 'src="docs' not in page and "http" not in page
     assert '<span class="badge good">holds</span>' in page
+
+
+class Elements(HTMLParser):
+    """The elements of a page, `(name, attributes)`; fails where one is not closed in its place."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.found, self.open = [], []
+        self.feed(page)
+        assert not self.open
+
+    def handle_starttag(self, tag, attrs):
+        self.found.append((tag, dict(attrs)))
+        if tag not in ("meta", "img"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def all(self, tag):
+        return [attributes for name, attributes in self.found if name == tag]
+
+
+def test_without_an_output_a_page_is_all(tmp_path, monkeypatch):
+    """RESULTS.md, which a repository ships, is written when it is asked for and never else."""
+    monkeypatch.chdir(tmp_path)
+    write_run("runs/one", frozen_records(), planned=3)
+    write_run("runs/two", frozen_records(), planned=3, seed=4)
+    write_run("more/three", frozen_records(), planned=3, seed=5)
+    (tmp_path / "RESULTS.md").write_text("as shipped")
+
+    def written(*directories, **flags):
+        return [file.resolve().relative_to(tmp_path) for file in report.write(directories, **flags)]
+
+    assert written("runs") == written("runs", "more") == [Path("runs/report.html")]
+    assert written("runs/one", "more") == [Path("more/report.html")]
+    assert written("runs/one") == [Path("runs/one/report.html")]
+    assert written("runs/one", "runs/two") == [Path("runs/report.html")]
+    assert written("runs/one", "more/three") == [Path("report.html")]
+    assert written("runs", html="a/page.html") == [Path("a/page.html")]
+    assert (tmp_path / "RESULTS.md").read_text() == "as shipped"
+    assert not list(tmp_path.rglob("*.png"))
+    assert written("runs", output="b/R.md") == [Path("b/R.md"), Path("b/R.html")]
+    assert written("runs", output="b/R.md", html="c.html") == [Path("b/R.md"), Path("c.html")]
+    assert {file.name for file in tmp_path.rglob("*.png")} == {"one.png", "two.png"}
+    with pytest.raises(ValueError, match="--figures=here: PNG figures are those of --output"):
+        report.write(["runs"], figures="here")
+    with pytest.raises(ValueError, match="--output=R.html: it is Markdown"):
+        report.write(["runs"], "R.html")
+
+
+def test_the_page_stands_alone_and_is_the_same_again(tmp_path):
+    write_run(tmp_path / "runs" / "a", frozen_records(), planned=3)
+    write_run(tmp_path / "runs" / "b", frozen_records(rise=-0.01), planned=3, seed=4)
+    texts = [report.write([tmp_path / "runs"])[0].read_text() for _ in range(2)]
+    assert texts[0] == texts[1]
+    page = Elements(texts[0])
+    assert not page.all("script") and not page.all("link") and not page.all("svg")
+    images = [image["src"].split("data:image/svg+xml;base64,") for image in page.all("img")]
+    assert [before for before, _ in images] == ["", ""]
+    assert all(b"<svg " in base64.b64decode(image) for _, image in images)
+    ids = [attributes["id"] for _, attributes in page.found if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    links = [a["href"] for a in page.all("a")]
+    assert {link.removeprefix("#") for link in links} <= set(ids)
+    assert links[:3] == ["#the-claims", "#a", "#b"]  # the index comes first
+    assert texts[0].index('class="index"') < texts[0].index("<table")
+
+
+def test_markdown_and_page_say_the_same(tmp_path):
+    write_run(tmp_path / "runs" / "a", frozen_records(rise=-0.01), planned=3)
+    text, page = (f.read_text() for f in report.write([tmp_path / "runs"], tmp_path / "R.md"))
+    page = re.sub(r"<style>.*?</style>|<title>.*?</title>", "", page, flags=re.S)
+    page_words = re.findall(r"[\w.]+", unescape(re.sub(r"<[^>]+>", " ", page)))
+    text = re.sub(r"\]\(.*?\)", "", text).replace("```text", "")
+    assert Counter(page_words) == Counter(re.findall(r"[\w.]+", text))
+
+
+def test_a_verdict_is_in_sight_on_a_phone(tmp_path):
+    write_run(tmp_path / "runs" / "a", frozen_records(), planned=3)
+    text = report.write([tmp_path / "runs"])[0].read_text()
+    page = Elements(text)
+    cells = [cell["data-label"] for cell in page.all("td")]
+    assert cells[:7] == ["verdict", "claim", "where", "paper", "ours", "run", "command"]
+    assert page.all("table")[0]["class"] == "stacked"  # a card a row, where it is narrow
+    assert "<code><span>python</span> <span>-m</span> <span>tf_gsnr.main</span> <span>--" in text
+    assert re.search(r"code span \{[^}]*white-space: nowrap", text)  # no break inside a word
+    assert re.search(r"\bpre \{[^}]*overflow-x: auto", text)
+    settings = next(t for t in re.findall("<table.*?</table>", text, re.S) if ">width<" in t)
+    assert "stacked" not in settings
+
+
+def test_the_page_in_the_dark_and_on_paper(tmp_path):
+    write_run(tmp_path / "runs" / "a", frozen_records(), planned=3)
+    text = report.write([tmp_path / "runs"])[0].read_text()
+    assert "@media screen and (prefers-color-scheme: dark)" in text and "@media print" in text
+    assert re.search(r"\.plate \{[^}]*background: #fff", text)  # figures stay on a light card
+    assert re.search(r'<div class="plate"><img ', text)
+    light, dark = (set(re.findall(r"(--[\w-]+): #", part)) for part in text.split("@media", 2)[:2])
+    assert light == dark  # every colour of the one has its like in the other
+
+
+def test_what_was_found_comes_before_the_tables(tmp_path):
+    write_run(tmp_path / "runs" / "a", frozen_records(rise=0.003, correlation=0.05), planned=4)
+    text, page = (f.read_text() for f in report.write([tmp_path / "runs"], tmp_path / "R.md"))
+    section = text[text.index("## a\n") :]
+    assert "[a](#a): 1 of 3 claims holds" in text
+    assert "1 of 3 claims holds, 1 holds partly, 1 does not hold." in section
+    assert "Unfinished: 6 of 8 configurations are complete." in section
+    points = re.findall(r"^- (.*)$", section, re.M)
+    assert [p.split("**")[1] for p in points] == ["holds partly", "holds", "does not hold"]
+    assert "it falls at first and stays low (figure 6). Ours: 0.030 to 0.025" in points[1]
+    assert points[1].endswith(
+        'the paper: "decreases in the beginning and remains at a low level" [text].'
+    )
+    order = ["Unfinished", "- **holds partly**", "![", "first layer  seeds", "### Settings of a"]
+    assert sorted(order, key=section.index) == order
+    assert page.count("<details>") == 2 and page.count("</details>") == 2
+    for title in ("Settings of a", "What a ran on"):
+        assert re.search(rf"<details>\s*<summary[^>]*>{title}</summary>\s*<div[^>]*><table", page)
+
+
+def test_only_what_does_not_hold_differs(tmp_path):
+    """A claim that holds may have a remark too; it is no difference."""
+    for name, rise in (("good", 0.03), ("bad", -0.01)):
+        write_run(tmp_path / name / name, frozen_records(rise=rise), planned=3)
+        page = report.write([tmp_path / name])[0].read_text()
+        assert ("Where bad differs, and why" in page) == (name == "bad")
+        assert ("Notes on good" in page) == (name == "good")
+        assert page.count("The paper does not give the initial weights") == 1
+        assert "differs" not in page or name == "bad"
+
+
+def test_an_experiment_without_claims(tmp_path, monkeypatch):
+    monkeypatch.delattr(freezing, "claims")
+    monkeypatch.delattr(experiments.load("freezing"), "claims", raising=False)
+    write_run(tmp_path / "runs" / "a", frozen_records(), planned=3)
+    text = report.write([tmp_path / "runs"], tmp_path / "R.md")[0].read_text()
+    assert "- [a](#a): no claims" in text and "No claim of the paper is tested here." in text
+    assert "The claims" not in text
+
+
+def test_the_readme_has_the_claims_however_their_columns_stand(tmp_path):
+    """docs/make_pages.py leaves out the columns `run` and `command`, by their names."""
+    root = Path(report.__file__).parents[2]
+    spec = importlib.util.spec_from_file_location("make_pages", root / "docs" / "make_pages.py")
+    make_pages = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(make_pages)
+    make_pages.HERE = tmp_path / "docs"
+    write_run(tmp_path / "runs" / "a", frozen_records(), planned=3)
+    report.write([tmp_path / "runs"], tmp_path / "RESULTS.md")
+    (tmp_path / "README.md").write_text("<!-- results: -->\n<!-- /results -->\n")
+    made = make_pages.results()
+    assert "| verdict | claim | where | paper | ours |\n| --- | --- | --- | --- | --- |\n" in made
+    assert made.count("| **holds** |") == 3 and "python -m" not in made
 
 
 def test_cells_are_escaped():

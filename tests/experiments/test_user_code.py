@@ -62,10 +62,10 @@ def test_the_page_runs_from_top_to_bottom(place, monkeypatch):
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    text = (place / "RESULTS.md").read_text()
+    text = (place / "runs" / "report.html").read_text()
     assert "How far the GSNR of n examples is too large" in text
     assert "--model=my_nets:small_cnn" in text
-    assert (place / "docs" / "results" / "sample_size.png").exists()
+    assert not (place / "RESULTS.md").exists()
 
 
 def write(place, name, code):

@@ -5,6 +5,7 @@ Never imports TensorFlow: a report opens in a second.
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 from tf_gsnr.plots.style import plt
@@ -24,3 +25,13 @@ def draw(experiment, records: list[dict], path) -> Path:
     plt.close(figure)
     partial.replace(path)
     return path
+
+
+def svg(experiment, records: list[dict]) -> str:
+    """The same figure as the text of an SVG drawing; equal records make an equal text."""
+    text = io.StringIO()
+    with plt.rc_context({"svg.hashsalt": "tf_gsnr"}):  # else the ids in it are random
+        figure = experiment.figure(records)
+        figure.savefig(text, format="svg", metadata={"Date": None})
+    plt.close(figure)
+    return text.getvalue()

@@ -1,4 +1,4 @@
-"""What the paper claims, what it reports, what we measured: the rows of RESULTS.md."""
+"""What the paper claims, what it reports, what we measured: the rows of the report."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Run directories -> RESULTS.md, its figures, and one HTML page. Never imports TensorFlow."""
+"""Run directories -> one HTML page; RESULTS.md where it is asked for. Never imports TensorFlow."""

@@ -1,8 +1,9 @@
-"""Writes RESULTS.md and one HTML page from run directories.
+"""Writes an HTML page from run directories: report.html, in the first that holds runs.
 
-  python -m tf_gsnr.report                                  # all of runs/
-  python -m tf_gsnr.report runs/mnist_small runs/freezing   # these
-  python -m tf_gsnr.report --output=DIR/RESULTS.md machine0/runs machine1/runs
+  python -m tf_gsnr.report                                  # all of runs/: runs/report.html
+  python -m tf_gsnr.report runs/mnist_small                 # one: runs/mnist_small/report.html
+  python -m tf_gsnr.report machine0/runs machine1/runs      # machine0/runs/report.html
+  python -m tf_gsnr.report --output=RESULTS.md              # Markdown, PNG figures, RESULTS.html
 
 An argument is a run directory or one that holds some. The shards of one run (--shard=i/k) are
 joined, wherever they are. An unfinished run is shown as far as it is.
@@ -10,6 +11,7 @@ joined, wherever they are. An unfinished run is shown as far as it is.
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -19,41 +21,58 @@ from tf_gsnr import experiments, progress
 from tf_gsnr.report import document, results, runs
 
 FLAGS = flags.FLAGS
-flags.DEFINE_string("output", "RESULTS.md", "The Markdown file to write.")
+flags.DEFINE_string("output", None, "A Markdown file to write too, such as RESULTS.md.")
 flags.DEFINE_string("figures", None, "Where its figures go. Default: docs/results beside it.")
-flags.DEFINE_string("html", None, "The HTML page to write. Default: as --output, ending in .html.")
+flags.DEFINE_string(
+    "html", None, "The HTML page. Default: report.html beside the runs; of --output, beside it."
+)
 
 
-def write(directories, output, figures=None, html=None) -> list[Path]:
+def write(directories, output=None, figures=None, html=None) -> list[Path]:
     """Reads run directories and writes what is found there.
 
     Args:
       directories: of runs, or such as hold some.
-      output: the Markdown file.
-      figures: the directory of its figures; default: docs/results beside `output`.
-      html: the page; default: as `output`, ending in .html.
+      output: a Markdown file, with PNG figures; None: only the page is written.
+      figures: the directory of those figures; default: docs/results beside `output`.
+      html: the page; default: as `output`, ending in .html; without it `page_of(directories)`.
 
     Returns:
-      The two files.
+      The files: of Markdown, if there is one, and the page.
 
     Raises:
-      ValueError: no run to be shown; the message says why.
+      ValueError: no run to be shown, or files that cannot be; the message says why.
     """
-    output = Path(output)
-    html = Path(html) if html else output.with_suffix(".html")
-    if html == output:
+    if figures and not output:
+        raise ValueError(f"--figures={figures}: PNG figures are those of --output=RESULTS.md")
+    page = Path(html or (Path(output).with_suffix(".html") if output else page_of(directories)))
+    if output and page == Path(output):
         raise ValueError(f"--output={output}: it is Markdown; the page beside it ends in .html")
     shown_runs = [run for run in runs.find(directories) if _is_shown(run)]
     if not shown_runs:
         raise ValueError(f"no run in {', '.join(map(str, directories))} has a record to show")
-    blocks = results.document(shown_runs, figures or output.parent / "docs" / "results")
-    for file, text in (
-        (output, document.markdown(blocks, output.parent)),
-        (html, document.html(blocks, "tf_gsnr: results")),
-    ):
+    if output and not figures:
+        figures = Path(output).parent / "docs" / "results"
+    blocks = results.document(shown_runs, figures)
+    texts = {Path(output): document.markdown(blocks, Path(output).parent)} if output else {}
+    texts[page] = document.html(blocks, "tf_gsnr: results")
+    for file, text in texts.items():
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(text, encoding="utf-8")
-    return [output, html]
+    return list(texts)
+
+
+def page_of(directories) -> Path:
+    """Where the page of these directories goes: the first that holds runs; else around the runs.
+
+    >>> str(page_of(["runs/a"])), Path(page_of(["runs/a", "runs/b"])).parent.name
+    ('runs/a/report.html', 'runs')
+    """
+    paths = [Path(directory) for directory in directories]
+    holders = [path for path in paths if not (path / "config.json").exists()]
+    if holders or len(paths) == 1:
+        return (holders or paths)[0] / "report.html"
+    return Path(os.path.commonpath([path.resolve() for path in paths])) / "report.html"
 
 
 def _is_shown(run):

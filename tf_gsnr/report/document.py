@@ -1,7 +1,8 @@
 """A document as a list of blocks, and the two forms it is written in: Markdown and HTML.
 
 Text is plain text: what either form would take for its own marks is escaped. A cell or a piece of
-a sentence is a str, a `Code`, a `Link` to a heading, or a `Badge`.
+a sentence is a str, a `Code`, a `Link` to a heading, or a `Badge`. The page is one file: figures
+are in it, and it runs no script.
 """
 
 from __future__ import annotations
@@ -12,6 +13,10 @@ import re
 from html import escape
 from pathlib import Path
 from typing import NamedTuple
+
+from tf_gsnr.report.style_sheet import STYLE
+
+CARDS_BEYOND = 3  # columns that a phone has room for: a wider table is a card per row there
 
 
 class Code(NamedTuple):
@@ -53,9 +58,31 @@ class Table(NamedTuple):
     rows: list
 
 
+class Index(NamedTuple):
+    """What the document holds: pairs of a `Link` and what there is to say of it, in few words."""
+
+    entries: list
+
+
+class Points(NamedTuple):
+    """A list, each point of which is a tuple of pieces."""
+
+    points: list
+
+
+class Folded(NamedTuple):
+    """A table that few readers want: on the page it opens by a click on its title."""
+
+    title: str
+    table: Table
+
+
 class Figure(NamedTuple):
-    path: Path
+    """A drawing: `svg` is the text of one, `png` a file of the same, which Markdown needs."""
+
+    svg: str
     caption: str
+    png: Path | None = None
 
 
 def slug(text: str) -> str:
@@ -77,7 +104,13 @@ def _markdown_block(block, directory):
         case Heading(level, text):
             return f"{'#' * level} {_markdown(text)}"
         case Paragraph(pieces):
-            return "".join(map(_markdown, pieces))
+            return _markdown_line(pieces)
+        case Points(points):
+            return "\n".join(f"- {_markdown_line(pieces)}" for pieces in points)
+        case Index(entries):
+            return "\n".join(f"- {_markdown(link)}: {_markdown(text)}" for link, text in entries)
+        case Folded(title, table):
+            return f"### {_markdown(title)}\n\n{_markdown_block(table, directory)}"
         case Listing(text):
             return f"```text\n{text}\n```"
         case Table(header, rows):
@@ -86,10 +119,18 @@ def _markdown_block(block, directory):
                 [c if c == "---" else _markdown(c).replace("|", "\\|") for c in r] for r in lines
             ]
             return "\n".join(f"| {' | '.join(row)} |" for row in cells)
-        case Figure(path, caption):
-            link = Path(os.path.relpath(path, directory)).as_posix().replace(" ", "%20")
+        case Figure(_, caption, png):
+            if png is None:
+                raise ValueError(
+                    f"Markdown shows a figure from a file; of {caption!r} there is none"
+                )
+            link = Path(os.path.relpath(png, directory)).as_posix().replace(" ", "%20")
             return f"![{_markdown(caption)}]({link})"
     raise TypeError(f"no block of a document: {block!r}")
+
+
+def _markdown_line(pieces):
+    return "".join(map(_markdown, pieces))
 
 
 def _markdown(piece):
@@ -120,61 +161,74 @@ def _html_block(block):
         case Heading(level, text):
             return f'<h{level} id="{slug(text)}">{_html(text)}</h{level}>'
         case Paragraph(pieces):
-            return f"<p>{''.join(map(_html, pieces))}</p>"
+            return f"<p>{_html_line(pieces)}</p>"
+        case Points(points):
+            return _html_list(map(_html_line, points), ' class="points"')
+        case Index(entries):
+            lines = (f"{_html(link)} <small>{_html(text)}</small>" for link, text in entries)
+            return f'<nav class="index" aria-label="Contents">{_html_list(lines)}</nav>'
+        case Folded(title, table):
+            summary = f'<summary id="{slug(title)}">{_html(title)}</summary>'
+            return f"<details>\n{summary}\n{_html_table(table)}\n</details>"
         case Listing(text):
             return f"<pre>{escape(text)}</pre>"
-        case Table(header, rows):
-            head = "".join(f"<th>{_html(c)}</th>" for c in header)
-            body = "\n".join(
-                f"<tr>{''.join(f'<td>{_html(c)}</td>' for c in row)}</tr>" for row in rows
-            )
-            return f'<div class="wide"><table>\n<tr>{head}</tr>\n{body}\n</table></div>'
-        case Figure(path, caption):
-            image = base64.b64encode(Path(path).read_bytes()).decode()
+        case Table():
+            return _html_table(block)
+        case Figure(svg, caption):
+            image = base64.b64encode(svg.encode()).decode()
             return (
-                f'<figure><img src="data:image/png;base64,{image}" alt="{escape(caption)}">'
+                f'<figure style="--width: {_width(svg):.0f}px"><div class="plate">'
+                f'<img src="data:image/svg+xml;base64,{image}" alt="{escape(caption)}"></div>'
                 f"<figcaption>{_html(caption)}</figcaption></figure>"
             )
     raise TypeError(f"no block of a document: {block!r}")
 
 
+def _html_line(pieces):
+    return "".join(map(_html, pieces))
+
+
+def _html_list(lines, attributes=""):
+    points = "\n".join(f"<li>{line}</li>" for line in lines)
+    return f"<ul{attributes}>\n{points}\n</ul>"
+
+
+def _html_table(table):
+    """A cell knows its column's name, which stands before it where a narrow window has cards."""
+    head = "".join(f'<th scope="col">{_html(name)}</th>' for name in table.header)
+    body = "\n".join(
+        "<tr>"
+        + "".join(
+            f'<td data-label="{escape(name)}">{_html(cell)}</td>'
+            for name, cell in zip(table.header, row, strict=True)
+        )
+        + "</tr>"
+        for row in table.rows
+    )
+    kind = ' class="stacked"' if len(table.header) > CARDS_BEYOND else ""
+    return (
+        f'<div class="wide"><table{kind}>\n<thead><tr>{head}</tr></thead>\n'
+        f"<tbody>\n{body}\n</tbody>\n</table></div>"
+    )
+
+
+def _width(svg):
+    """The width of a drawing on a screen, in pixels, of which an inch has 96.
+
+    >>> _width('<svg width="72pt" height="36pt">')
+    96.0
+    """
+    found = re.search(r'<svg [^>]*?width="([\d.]+)pt"', svg, re.S)
+    return float(found[1]) * 96 / 72 if found else 640.0
+
+
 def _html(piece):
     match piece:
         case Code(text):
-            return f"<code>{escape(text)}</code>"
+            words = " ".join(f"<span>{escape(word)}</span>" for word in text.split(" "))
+            return f"<code>{words}</code>"
         case Link(text):
             return f'<a href="#{slug(text)}">{escape(text)}</a>'
         case Badge(text, colour):
             return f'<span class="badge {colour}">{escape(text)}</span>'
     return escape(piece)
-
-
-STYLE = """
-:root { color-scheme: light; }
-body { margin: 0; background: #f6f6f3; color: #23272b;
-  font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
-main { max-width: 72rem; margin: 0 auto; padding: 2rem 2.5rem 5rem; background: #fff; }
-h1 { font-size: 1.9rem; margin: 0.5rem 0 1rem; }
-h2 { font-size: 1.35rem; margin: 3.2rem 0 0.8rem; padding-top: 1.2rem;
-  border-top: 1px solid #dcdcd6; }
-h3 { font-size: 1.05rem; margin: 1.8rem 0 0.5rem; }
-p { max-width: 46rem; }
-a { color: #2a6fbb; text-decoration: none; }
-a:hover { text-decoration: underline; }
-code, pre { font-family: ui-monospace, Menlo, Consolas, monospace; font-size: 0.84em; }
-code { background: #f1f1ec; padding: 0.1em 0.3em; border-radius: 3px; overflow-wrap: anywhere; }
-pre { background: #f6f6f3; padding: 0.9rem 1.1rem; border-radius: 6px; overflow-x: auto; }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; font-size: 0.92rem; }
-th, td { text-align: left; vertical-align: top; padding: 0.45rem 0.9rem 0.45rem 0;
-  border-bottom: 1px solid #e6e6e0; }
-th { font-weight: 600; color: #565c62; white-space: nowrap; }
-figure { margin: 1.2rem 0; }
-figure img { max-width: 100%; height: auto; }
-figcaption { color: #565c62; font-size: 0.9rem; }
-.badge { display: inline-block; padding: 0.05rem 0.55rem; border-radius: 1rem;
-  white-space: nowrap; font-size: 0.85rem; font-weight: 600; }
-.good { background: #dcefe0; color: #1d6b35; }
-.middling { background: #faeccb; color: #805800; }
-.bad { background: #f8dcd6; color: #98301b; }
-"""

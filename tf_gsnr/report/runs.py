@@ -180,9 +180,9 @@ def command(run: Run) -> str:
     """The command that makes the whole run again, without any directory of the machine it ran on.
 
     >>> config = {"command": ["main.py", "--flagfile=/a/flags/x.flags", "--data_dir", "/b",
-    ...                       "--shard=0/2", "--width=5"]}
+    ...                       "--shard=0/2", "--unseen", "--width=5"]}
     >>> command(Run("x", "osgr", {}, [], {}, (Part(Path("x"), config, 1),)))
-    'python -m tf_gsnr.main --flagfile=flags/x.flags --data_dir=DIR --width=5'
+    'python -m tf_gsnr.main --flagfile=flags/x.flags --data_dir=DIR --unseen --width=5'
     """
     given, words = [], list(run.parts[0].config["command"][1:])
     while words:
@@ -191,7 +191,7 @@ def command(run: Run) -> str:
             equals, value = "=", words.pop(0)
         given.append((name, equals, value))
     shown = [
-        f"--{name}{equals}{_public(name, value)}"
+        f"--{name}{equals}{_public(name, value) if equals else ''}"
         for name, equals, value in given
         if name not in ("shard", "strategy", "runs_dir", "overwrite")
     ]

@@ -11,7 +11,7 @@ import numpy as np
 class Figure(Protocol):
     """From an experiment's records to what is shown of them; without TensorFlow.
 
-    Also, where RESULTS.md is to have verdicts: `claims(records)`, a list of `plots.claims.Claim`.
+    Also, where the report is to have verdicts: `claims(records)`, a list of `plots.claims.Claim`.
     """
 
     def summary(self, records: list[dict]) -> dict:
