@@ -48,7 +48,9 @@ def signature(value) -> str:
             parts.append("*")
             star = True
         annotation = getattr(one.annotation, "__forward_arg__", one.annotation)
-        text = one.name if annotation is one.empty else f"{one.name}: {annotation}"
+        name = f"*{one.name}" if one.kind is one.VAR_POSITIONAL else one.name
+        star = star or one.kind is one.VAR_POSITIONAL
+        text = name if annotation is one.empty else f"{name}: {annotation}"
         if one.default is not one.empty:
             text += f"={one.default!r}" if text == one.name else f" = {one.default!r}"
         parts.append(text)

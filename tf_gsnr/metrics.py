@@ -503,12 +503,6 @@ def mean_gsnr(moments: Moments) -> float:
     return arrays.scalar(_shown_mean(moments, gsnr(moments)))
 
 
-def least_mean(moments: Moments):
-    """The least mean of r_j over these parameters that could be told from zero."""
-    bound, n = _told(moments)[1], _examples(moments.m2[0], moments)
-    return arrays.scalar((bound + arrays.divide(2.0, max(n - 3, 0), np.inf)) / n)
-
-
 def part_of(moments: Moments, indices) -> Moments:
     """The moments of some variables."""
     lists = (moments.mean, moments.m2, moments.positives, moments.negatives)

@@ -270,8 +270,15 @@ def write_csv(run_dir) -> Path:
         writer = csv.writer(opened)
         writer.writerow(table)
         for row in zip(*table.values()):
-            writer.writerow(["" if v != v else v for v in row])
+            writer.writerow(map(_cell, row))
     return file
+
+
+def _cell(value):
+    if value != value:
+        return ""
+    whole = isinstance(value, float) and value.is_integer() and abs(value) < 1e15
+    return int(value) if whole else value
 
 
 def read_config(path) -> dict:

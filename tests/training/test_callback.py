@@ -9,7 +9,7 @@ import tensorflow as tf
 
 import tf_gsnr
 from tf_gsnr import metrics, records
-from tf_gsnr.training import rows, schedule
+from tf_gsnr.training import rows, schedule, tensorboard
 
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=[64, 5]).astype("float32")
@@ -248,12 +248,15 @@ def test_says_once_an_epoch_why_there_is_no_number(caplog):
 def test_tensorboard(tmp_path):
     pytest.importorskip("tensorboard")
     board = keras.callbacks.TensorBoard(tmp_path / "keras")
-    callback = tf_gsnr.GSNRCallback(X, LABELS, log_dir=tmp_path / "own")
+    test = (X_TEST, LABELS_TEST)
+    callback = tf_gsnr.GSNRCallback(X, LABELS, log_dir=tmp_path / "own", test_data=test)
     fit(classifier(), callback, board, epochs=2)
     assert "epoch_gsnr/mean" in tags(tmp_path / "keras" / "train")
     own = tags(tmp_path / "own")
     kernels = [v.path for v in classifier().trainable_variables]
-    assert "gsnr/mean" in own and "noise_scale" in own
+    charts = [tags for category in tensorboard.CHARTS.values() for tags in category.values()]
+    assert {tag for tags in charts for tag in tags} <= own
+    assert "custom_scalars__config__" in own and not {"count", "parameters", "step"} & own
     assert sum(name.startswith("gsnr_log10/") for name in own) == len(kernels)
 
 

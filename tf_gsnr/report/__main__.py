@@ -1,9 +1,18 @@
-"""Writes an HTML page from run directories: report.html, in the first that holds runs.
+"""Writes an HTML page from run directories.
+
+Of the experiments' runs report.html, in the first directory that holds some:
 
   python -m tf_gsnr.report                                  # all of runs/: runs/report.html
   python -m tf_gsnr.report runs/mnist_small                 # one: runs/mnist_small/report.html
   python -m tf_gsnr.report machine0/runs machine1/runs      # machine0/runs/report.html
   python -m tf_gsnr.report --output=RESULTS.md              # Markdown, PNG figures, RESULTS.html
+
+Of a training of one's own, by run_dir=, page.html in it; of several also a page that compares them:
+
+  python -m tf_gsnr.report runs/my_training
+  python -m tf_gsnr.report runs/with_dropout runs/without   # and runs/compare.html
+
+And records.csv in each directory by --format=csv.
 
 An argument is a run directory or one that holds some. The shards of one run (--shard=i/k) are
 joined, wherever they are. An unfinished run is shown as far as it is.
@@ -17,7 +26,7 @@ from pathlib import Path
 
 from absl import app, flags
 
-from tf_gsnr import experiments, progress
+from tf_gsnr import experiments, progress, records, status
 from tf_gsnr.report import document, results, runs
 
 FLAGS = flags.FLAGS
@@ -28,8 +37,36 @@ flags.DEFINE_string(
 )
 
 
+flags.DEFINE_enum(
+    "format", "html", ["html", "csv"], "html: pages to look at; csv: the records as records.csv."
+)
+
+
+def write_all(directories, output=None, figures=None, html=None) -> list[Path]:
+    """The pages of all that is in these directories: of trainings, and of the experiments' runs.
+
+    Args and errors as of `write`.
+
+    Returns:
+      The files.
+    """
+    files = [status.page(path) for path in runs.trainings(directories)]
+    named = [path for path in directories if status.is_training(path)]
+    if len(named) > 1:
+        files.append(status.page(*named))
+    others = [path for path in directories if runs.holds_experiments(path)]
+    if others or not files:
+        files += write(others or directories, output, figures, html)
+    return files
+
+
+def write_csv(directories) -> list[Path]:
+    """records.csv in each run directory; returns these files."""
+    return [records.write_csv(path) for path in runs.directories(directories)]
+
+
 def write(directories, output=None, figures=None, html=None) -> list[Path]:
-    """Reads run directories and writes what is found there.
+    """Reads the experiments' run directories and writes what is found there.
 
     Args:
       directories: of runs, or such as hold some.
@@ -94,8 +131,13 @@ def _is_shown(run):
 
 
 def main(argv):
+    directories = argv[1:] or ["runs"]
     try:
-        for file in write(argv[1:] or ["runs"], FLAGS.output, FLAGS.figures, FLAGS.html):
+        if FLAGS.format == "csv":
+            files = write_csv(directories)
+        else:
+            files = write_all(directories, FLAGS.output, FLAGS.figures, FLAGS.html)
+        for file in files:
             print(file)
     except ValueError as error:
         sys.exit(f"error: {error}")

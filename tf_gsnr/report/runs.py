@@ -9,7 +9,7 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
-from tf_gsnr import progress, records
+from tf_gsnr import progress, records, status
 
 
 class Part(NamedTuple):
@@ -49,28 +49,53 @@ class Run(NamedTuple):
         return len(self.plan["configurations"])
 
 
+def directories(paths) -> list[Path]:
+    """The run directories in those named, each a run or one that holds runs, of either kind.
+
+    Raises:
+      ValueError: a path that is no directory, or holds no run.
+    """
+    return [p for path in paths for p in _looked_into(path) if (p / "config.json").exists()]
+
+
+def _looked_into(path) -> list[Path]:
+    path = Path(path)
+    if not path.is_dir():
+        raise ValueError(f"{path}: no such directory")
+    if (path / "config.json").exists():
+        return [path]
+    below = [p for p in sorted(path.iterdir()) if p.is_dir()]
+    if not any((p / "config.json").exists() for p in below):
+        raise ValueError(
+            f"{path}: neither a run directory nor one that holds some. A run makes one: "
+            "python -m tf_gsnr.main --flagfile=flags/quickstart.flags"
+        )
+    return below
+
+
+def trainings(paths) -> list[Path]:
+    """Of the run directories in those named, the ones of a user's own trainings."""
+    return [path for path in directories(paths) if status.is_training(path)]
+
+
+def holds_experiments(path) -> bool:
+    """Whether a directory is, or holds, a run of an experiment."""
+    return not all(map(status.is_training, directories([path])))
+
+
 def find(paths) -> list[Run]:
-    """The runs in the directories named, each a run or one that holds runs; joined.
+    """The experiments' runs in the directories named, each a run or one that holds runs; joined.
 
     Raises:
       ValueError: a path that is no directory, holds no run, or is named and is no run.
     """
-    runs_found = []
+    found = []
     for path in map(Path, paths):
-        if not path.is_dir():
-            raise ValueError(f"{path}: no such directory")
-        if (path / "config.json").exists():
-            runs_found.append(read(path))
-            continue
-        below = [p for p in sorted(path.iterdir()) if p.is_dir()]
-        runs = [run for run in map(_read_or_say, below) if run]
-        if not runs:
-            raise ValueError(
-                f"{path}: neither a run directory nor one that holds some. A run makes one: "
-                "python -m tf_gsnr.main --flagfile=flags/quickstart.flags"
-            )
-        runs_found += runs
-    return join(runs_found)
+        mine = [p for p in _looked_into(path) if not status.is_training(p)]
+        found += [read(path)] if mine == [path] else [r for r in map(_read_or_say, mine) if r]
+    if not found:
+        raise ValueError(f"{', '.join(map(str, paths))}: no run of an experiment can be read there")
+    return join(found)
 
 
 def _read_or_say(path):

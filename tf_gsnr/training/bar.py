@@ -30,7 +30,7 @@ class ProgressBar(keras.callbacks.ProgbarLogger):
 
     async_safe = True  # as Keras takes its own to be
 
-    def __init__(self, numbers=NUMBERS):
+    def __init__(self, numbers: tuple = NUMBERS):
         super().__init__()
         check("numbers", numbers)
         self._numbers = frozenset(numbers)

@@ -167,6 +167,7 @@ class GSNRCallback(keras.callbacks.Callback):
         self._untold = {}  # by reason, which columns of the epoch's last measurement are NaN
         self._decreases = []  # of the losses of (test, probe) examples in this epoch's steps
         self._pending = None  # the row of a measurement whose step is not yet made
+        self._kept = None  # the GSNR of its parameters, for the records
         self._growth = 0.0  # predicted, per step
         self._first: Any = None  # losses of (probe, test) examples at the first measurement
         self._gap_predicted = 0.0  # grown since then
@@ -274,14 +275,17 @@ class GSNRCallback(keras.callbacks.Callback):
             raise ValueError(
                 f"the probe set does not fit model {self.model.name!r}: {error.message}"
             ) from error
+        ratios = metrics.gsnr(self.moments)
         row = {
             "step": self.step,
             "epoch": self._epoch,
             "learning_rate": recorder.learning_rate(self.model),
-            **rows.of_moments(self.moments, self.model, self._examples),
+            **rows.of_moments(self.moments, self.model, self._examples, ratios),
         }
         if self._test is not None:
             row |= self._losses_and_gap()
+        if self._recorder is not None:
+            self._kept = ratios
         self._show(row)
         self._untold = {}
         for why, names in metrics.why_nan(self.moments, self.model, row).items():
@@ -341,10 +345,11 @@ class GSNRCallback(keras.callbacks.Callback):
                 self._writer, self.moments, self.model, row["step"], record=row
             )
         if self._recorder is not None and self._recorder.open:
-            self._recorder.add(row, rows.histograms_of_moments(self.moments, self.model))
+            self._recorder.add(row, rows.histograms_of_moments(self._kept, self.model))
             if self._keep:
                 paths = [v.path for v in self.model.trainable_variables]
-                self._recorder.keep(row["step"], dict(zip(paths, metrics.gsnr(self.moments))))
+                self._recorder.keep(row["step"], dict(zip(paths, self._kept)))
+        self._kept = None
 
     def _columns(self):
         """The names of all that will ever be logged."""

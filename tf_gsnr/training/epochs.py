@@ -98,7 +98,8 @@ class RecordedEpochs(Epochs):
             "optimizer_is_known": gap.supported(model.optimizer),
             "contributions": plan.contributions,
         }
-        self.recorder.begin(settings, recorder.layers_of(model), self._first_step, about)
+        layers, since = recorder.layers_of(model), self._before
+        self.recorder.begin(settings, layers, self._first_step, about, since)
 
     def _row(self, logs):
         training, model = self.training, self.model

@@ -65,7 +65,7 @@ class Recorder:
         """Whether it was begun and not ended."""
         return self.open and self._state.get("state") == "running"
 
-    def begin(self, settings: dict, layers: list[dict], step: int, about: dict):
+    def begin(self, settings: dict, layers: list[dict], step: int, about: dict, since=None):
         """Opens the directory; another call goes on after the last one's rows.
 
         Args:
@@ -73,6 +73,7 @@ class Recorder:
           layers: of `layers_of`.
           step: how many steps were made before.
           about: what else the page shows.
+          since: when training began, of `time.monotonic`; default: now.
 
         Raises:
           ValueError: the directory holds something else, or a training that this one does not
@@ -92,7 +93,7 @@ class Recorder:
             directory.write_config(config)
             self._directory = directory
             self._earlier = self.rows[-1].get("seconds", 0.0) if self.rows else 0.0
-            self._begun = time.monotonic()
+            self._begun = time.monotonic() if since is None else since
             self._finalizer = weakref.finalize(self, _mark_stopped, directory, self._state)
         self._state |= {"pid": os.getpid(), "host": socket.gethostname(), "step": step}
         self._write_state("running")

@@ -17,6 +17,8 @@ Index letters: j parameter.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 
 from tf_gsnr import arrays, metrics
@@ -24,35 +26,98 @@ from tf_gsnr.moments import Moments
 
 # log10 of GSNR: what lies beyond counts in the outermost of these bins.
 EDGES = np.round(np.arange(-8, 4.01, 0.25), 2)
-PLAIN = ("gsnr_plain/mean",)  # of the paper's estimates, what records have
 
 
-def of_moments(moments: Moments, model, examples: int) -> dict:
-    """The row of a probe set's moments.
+def of_moments(moments: Moments, model, examples: int, ratios=None) -> dict:
+    """The row of a probe set's moments; as `metrics.summarize`, and of each layer, in a few passes.
 
     Args:
       moments: numpy arrays, of at least two examples.
       model: for the names of layers.
       examples: N, the number of training examples.
+      ratios: `metrics.gsnr(moments)`, if they are known.
     """
-    paths = [v.path for v in model.trainable_variables]
-    record = metrics.summarize(moments, model)
-    of_variables = {f"gsnr/{path}" for path in paths}
+    ratios = metrics.gsnr(moments) if ratios is None else ratios
+    groups = metrics.by_layer([v.path for v in model.trainable_variables])
+    sums = _sums(moments, ratios, [range(len(ratios)), *groups.values()])
+    n = float(moments.count)
+    signal = sums.square - sums.trace / n  # |G|^2
+    told, bound = metrics.told_from_zero(n * signal, sums.trace, sums.trace**2, sums.diagonal, n, 1)
+    means = arrays.divide(sums.ratio, sums.alive, np.nan)
+    shown = np.where(told & metrics.mean_told_from_zero(means, bound, n, 1), means, np.nan)
+    whole = np.concatenate([np.ravel(r) for r in ratios])
+    whole = whole[~np.isnan(whole)]
+    median, p95 = np.quantile(whole, [0.5, 0.95]) if whole.size else (np.nan, np.nan)
+    hidden = np.isnan(shown[0])
+    noise = sums.trace[0] / examples
     row = {
-        name: value
-        for name, value in record.items()
-        if name not in of_variables and ("plain" not in name or name in PLAIN)
+        "count": int(moments.count),
+        "loss": float(moments.loss),
+        "gsnr/mean": shown[0],
+        "gsnr/median": np.nan if hidden else median,
+        "gsnr/p95": np.nan if hidden else p95,
+        "gsnr/least": (bound[0] + (2 / (n - 3) if n > 3 else np.inf)) / n,
+        "gsnr_plain/mean": (means[0] + 1 / n) * n / (n - 1),  # rho2 = s2 (n - 1) / n
+        "noise_scale": sums.trace[0] / signal[0] if told[0] else np.nan,
+        "osgr_predicted": signal[0] / (signal[0] + noise) if told[0] else np.nan,
+        "osgr_predicted_se": metrics.osgr_se(moments, examples),
+        "parameters": int(sums.size[0]),
+        "dead": int(sums.dead[0]),
     }
-    row["osgr_predicted"] = metrics.osgr(moments, examples)
-    row["osgr_predicted_se"] = metrics.osgr_se(moments, examples)
-    row["gsnr/least"] = metrics.least_mean(moments)
-    for layer, indices in metrics.by_layer(paths).items():
-        part = metrics.part_of(moments, indices)
-        row[f"gsnr/{layer}"] = metrics.mean_gsnr(part)
-        if part.positives:
-            row[f"same_sign/{layer}"] = arrays.mean(arrays.flat(metrics.same_sign(part)))
-        row[f"dead/{layer}"] = int(sum(np.sum(v == 0) for v in part.m2))
-    return row
+    agreement = arrays.divide(sums.agreeing, sums.signed, np.nan)
+    shares = arrays.divide(sums.trace, sums.trace[0], np.nan)
+    if moments.positives:
+        row["same_sign/mean"] = agreement[0]
+    for i, layer in enumerate(groups, 1):
+        row[f"gsnr/{layer}"] = shown[i]
+        if moments.positives:
+            row[f"same_sign/{layer}"] = agreement[i]
+        row[f"gap_share/{layer}"] = shares[i] if sums.known[i] else np.nan
+        row[f"dead/{layer}"] = int(sums.dead[i])
+    return {k: v if isinstance(v, int) else float(v) for k, v in row.items()}
+
+
+class _Sums(NamedTuple):
+    """Sums over the parameters of groups of variables, `[groups]` each.
+
+    Attributes:
+      square, trace, diagonal: of g_j^2, s2_j and s2_j^2.
+      ratio, alive: of r_j, and over how many.
+      agreeing, signed: of `metrics.same_sign`, and over how many.
+      size, dead: how many there are, and without variance.
+      known: how many variables were measured.
+    """
+
+    square: np.ndarray
+    trace: np.ndarray
+    diagonal: np.ndarray
+    ratio: np.ndarray
+    alive: np.ndarray
+    agreeing: np.ndarray
+    signed: np.ndarray
+    size: np.ndarray
+    dead: np.ndarray
+    known: np.ndarray
+
+
+def _sums(moments, ratios, groups) -> _Sums:
+    """Over groups, lists of indices of variables; what is NaN was not measured and is left out."""
+    agreement = metrics.same_sign(moments) if moments.positives else [np.zeros(0)] * len(ratios)
+    free = float(moments.count) - 1
+    of_variables = []
+    for mean, m2, ratio, share in zip(moments.mean, moments.m2, ratios, agreement):
+        mean, s2 = (np.asarray(v, np.float64).ravel() for v in (mean, m2))
+        s2 = s2 / free
+        known = np.isfinite(s2.sum())
+        terms = (mean @ mean, s2.sum(), s2 @ s2) if known else (0.0, 0.0, 0.0)
+        alive, signed = ~np.isnan(ratio), ~np.isnan(share)
+        pairs = [
+            (np.sum(v, where=there), there.sum()) for v, there in ((ratio, alive), (share, signed))
+        ]
+        dead = np.count_nonzero(s2 == 0)
+        of_variables.append([*terms, *pairs[0], *pairs[1], s2.size, dead, known])
+    table = np.array(of_variables, np.float64)
+    return _Sums(*np.array([table[list(group)].sum(axis=0) for group in groups]).T)
 
 
 def of_meter(meter) -> dict:
@@ -86,13 +151,15 @@ def of_meter(meter) -> dict:
     return row
 
 
-def histograms_of_moments(moments: Moments, model) -> dict:
+def histograms_of_moments(ratios: list, model) -> dict:
     """Per layer, how many parameters have a GSNR in each bin of `EDGES`.
 
     Corrected GSNR of parameters without signal is above or below zero by chance: what is below, and
     what has no variance, is in no bin.
+
+    Args:
+      ratios: `metrics.gsnr` of the moments.
     """
-    ratios = metrics.gsnr(moments)
     paths = [v.path for v in model.trainable_variables]
     return {
         layer: _counts(np.concatenate([np.ravel(ratios[i]) for i in indices]))

@@ -24,13 +24,51 @@ def open_writer(log_dir):
         raise ImportError(
             "log_dir needs TensorBoard: pip install 'tf_gsnr[tensorboard]'"
         ) from error
-    return tf.summary.create_file_writer(str(log_dir))
+    writer = tf.summary.create_file_writer(str(log_dir))
+    with writer.as_default(step=0):
+        tf.summary.experimental.write_raw_pb(_layout())
+    return writer
+
+
+# What stands together in the tab "Custom Scalars": title -> tags.
+CHARTS: dict[str, dict[str, tuple]] = {
+    "generalisation": {
+        "OSGR, predicted and measured": ("osgr_predicted", "osgr_measured"),
+        "gap, measured and by first-order theory": ("gap", "gap_predicted"),
+        "loss": ("loss", "test_loss"),
+    },
+    "gradients": {
+        "GSNR of the parameters": ("gsnr/mean", "gsnr/median", "gsnr/p95", "gsnr/least"),
+        "noise scale": ("noise_scale",),
+        "agreement of signs": ("same_sign/mean",),
+    },
+}
+NO_CURVES = ("step", "epoch", "seconds", "count", "parameters")  # of a row
+
+
+def _layout() -> bytes:
+    """The charts of `CHARTS`, as the plug-in for custom scalars reads them."""
+    from tensorboard.plugins.custom_scalar import layout_pb2, summary
+
+    def chart(title, tags):
+        lines = layout_pb2.MultilineChartContent(tag=[f"^{tag}$" for tag in tags])
+        return layout_pb2.Chart(title=title, multiline=lines)
+
+    layout = layout_pb2.Layout(
+        category=[
+            layout_pb2.Category(title=title, chart=[chart(*one) for one in charts.items()])
+            for title, charts in CHARTS.items()
+        ]
+    )
+    return summary.pb(layout).SerializeToString()
 
 
 def write_tensorboard(writer, moments: Moments, model, step: int, *, record: dict | None = None):
     """Writes what `moments` say of a model.
 
-    Scalars: every number of `metrics.summarize`, with the mean GSNR of each variable among them.
+    Scalars: every number of the record that is no constant; by default of `metrics.summarize`, with
+    the mean GSNR of each variable among them. Those of `CHARTS` stand together in the tab "Custom
+    Scalars" where `open_writer` made the writer.
     Histograms `gsnr_log10/<variable path>`: log10 of the GSNR of each parameter that has one
     (ratios spread over many powers of ten).
 
@@ -39,7 +77,7 @@ def write_tensorboard(writer, moments: Moments, model, step: int, *, record: dic
       moments: numpy arrays, as from `gradient_moments`.
       model: for the names.
       step: the step to file it under.
-      record: the `summarize` of the moments, if it is known.
+      record: the flat record to write, instead of the `summarize` of the moments.
 
     Example:
 
@@ -53,7 +91,8 @@ def write_tensorboard(writer, moments: Moments, model, step: int, *, record: dic
     record = metrics.summarize(moments, model) if record is None else record
     with writer.as_default(step=step):
         for name, value in record.items():
-            tf.summary.scalar(name, value)
+            if name not in NO_CURVES:
+                tf.summary.scalar(name, value)
         for variable, ratio in zip(model.trainable_variables, metrics.gsnr(moments)):
             alive = np.asarray(ratio, np.float64)
             alive = alive[np.isfinite(alive) & (alive > 0)]
