@@ -28,6 +28,7 @@ setup(
         "Typing :: Typed",
     ],
     packages=find_packages(include=["tf_gsnr", "tf_gsnr.*"]),
+    entry_points={"console_scripts": ["tf_gsnr = tf_gsnr.__main__:main"]},
     package_data={"tf_gsnr": ["py.typed", "status/*.js", "status/*.css"]},
     python_requires=">=3.10,<3.14",
     install_requires=[

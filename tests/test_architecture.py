@@ -19,7 +19,9 @@ FLOORS = [
     "data models training",
     "descent",
     "experiments",
-    "report main",
+    "report",
+    "listing",
+    "main __main__",
 ]
 
 

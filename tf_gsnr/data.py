@@ -266,10 +266,12 @@ def _read_tfds(name, data_dir):
     try:
         builder = tfds.builder(name, data_dir=data_dir)
     except tfds.core.DatasetNotFoundError:
+        known = ["toy", *tfds.list_builders()]
         raise ValueError(
-            f"unknown dataset {name!r}; available: toy, mnist, cifar10, any image-classification "
-            "data set of TensorFlow Datasets (https://www.tensorflow.org/datasets/catalog), or "
-            "module:function, a function (data_dir) -> ((x_train, y_train), (x_test, y_test))"
+            f"unknown dataset {name!r}{lookup.suggestion(name, known)}; available: toy, mnist, "
+            "cifar10, any image-classification data set of TensorFlow Datasets "
+            "(https://www.tensorflow.org/datasets/catalog), or module:function, a function "
+            "(data_dir) -> ((x_train, y_train), (x_test, y_test))"
         ) from None
     features = builder.info.features
     if builder.info.supervised_keys != ("image", "label") or None in features["image"].shape:

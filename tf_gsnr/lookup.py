@@ -5,6 +5,7 @@ Modules are found as Python finds them: `python -m` looks in the current directo
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import inspect
 from collections.abc import Callable
@@ -19,6 +20,16 @@ def is_reference(value: str) -> bool:
     """
     module, _, function = value.partition(":")
     return all(map(str.isidentifier, [*module.split("."), function]))
+
+
+def suggestion(name: str, known) -> str:
+    """What a mistyped name may have been meant to be, to be put into an error; or nothing.
+
+    >>> suggestion("ogsr", ["osgr", "weights"]), suggestion("x", ["osgr"])
+    (" (did you mean 'osgr'?)", '')
+    """
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
 
 
 def module(flag: str, name: str, value: str | None = None) -> ModuleType:

@@ -4,6 +4,8 @@ Parameters" (Liu et al., ICLR 2020).
   python -m tf_gsnr.main --flagfile=flags/quickstart.flags
   python -m tf_gsnr.main --flagfile=flags/mnist_small.flags --data_dir=DIR
 
+python -m tf_gsnr.main --list says what there is; --dry_run what a run would take.
+
 What it makes is in runs/<name>/: config.json, records.jsonl (a line a measurement), summary.json
 and figures/. The same command again goes on where the last one stopped. Ctrl-C is safe at any time.
 
@@ -17,6 +19,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
+from typing import Any, NamedTuple
 
 # Convolutions on a CPU are several times faster with oneDNN, which TensorFlow turns on by itself
 # only where the CPU has AVX-512; it must be chosen before TensorFlow is imported.
@@ -25,10 +28,11 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 from absl import app, flags, logging  # noqa: E402
 
-from tf_gsnr import environment, experiments, plots, progress, records  # noqa: E402
+from tf_gsnr import environment, experiments, listing, plots, progress, records  # noqa: E402
 from tf_gsnr.experiments.framework.settings import fields  # noqa: E402
 
 FLAGS = flags.FLAGS
+USAGE = 2  # exit code, where the program was called wrongly
 
 
 class _List(flags.ArgumentParser):
@@ -109,6 +113,13 @@ flags.DEFINE_string(
     "i/k: only every k-th configuration from the i-th on (0 <= i < k), into <name>-<i>of<k>; "
     "python -m tf_gsnr.report joins the shards.",
 )
+flags.DEFINE_bool(
+    "dry_run",
+    False,
+    "Say what would be run, how much of it is done, and about what it will take, as a few seconds "
+    "of its largest configuration tell; then stop. Nothing is written.",
+)
+flags.DEFINE_bool("list", False, "List the experiments, flagfiles and runs; then stop.")
 
 
 _DEFINED: list[str] = []  # the flags of the experiment that was asked for last
@@ -159,14 +170,15 @@ def parse_flags(argv):
                 FLAGS[flag].present = 0  # the next value given starts the list anew
         return FLAGS([argv[0], *direct])
     except flags.UnrecognizedFlagError as error:
-        sys.exit(
+        progress.stop(
             f"--{error.flagname}: the experiment {name!r} has no such setting; it has "
-            f"{', '.join(_DEFINED)}.\n{error}\nSee {Path(argv[0]).name} --help"
+            f"{', '.join(_DEFINED)}.\n{error}\nSee {Path(argv[0]).name} --help",
+            USAGE,
         )
     except flags.Error as error:
-        sys.exit(f"{error}\nSee {Path(argv[0]).name} --help")
+        progress.stop(f"{error}\nSee {Path(argv[0]).name} --help", USAGE)
     except ValueError as error:
-        sys.exit(f"error: {error}")
+        progress.stop(f"error: {error}", USAGE)
 
 
 def _experiment_in(arguments):
@@ -238,54 +250,155 @@ def _name(dataset):
     return FLAGS.name or f"{FLAGS.experiment}_{dataset}".replace(":", ".").replace("/", "-")
 
 
-def run(argv):
-    """Runs the experiment that the flags describe and returns its run directory."""
+class Plan(NamedTuple):
+    """A run that was found to be right, before anything of it is written.
+
+    Attributes:
+      experiment: a `framework.experiment.Experiment`.
+      settings: its settings.
+      configurations: all that they ask for.
+      chosen: those of this shard.
+      source: the opened data set.
+      path: the run directory.
+      how: of the `Workbench`.
+      worker: the number of this process, of several.
+    """
+
+    experiment: Any
+    settings: Any
+    configurations: list
+    chosen: list
+    source: Any
+    path: Path
+    how: dict
+    worker: int
+
+    def left(self) -> list:
+        """The configurations that have not all of their records yet."""
+        written = records.read_records(self.path)
+        epochs = set(self.experiment.epochs(self.settings))
+        return [c for c in self.chosen if not epochs <= records.measured_epochs(c, written)]
+
+
+def plan(argv) -> Plan:
+    """What the flags describe, checked.
+
+    Raises:
+      ValueError: something of it cannot be; the message names the flag.
+    """
     if len(argv) > 1:
         raise ValueError(f"unexpected arguments {argv[1:]}: every option is a --flag=value")
+    import keras
+
     from tf_gsnr import data  # imports TensorFlow
     from tf_gsnr.descent import devices
-    from tf_gsnr.experiments.framework import runner
     from tf_gsnr.gradients import engines
 
     experiment = experiments.load(FLAGS.experiment)
     _quieten_tensorflow()
     strategy = _strategy(experiment)  # before anything else of TensorFlow runs
     engines.check_name(FLAGS.engine)
-    jit = {"auto": "auto", "true": True, "false": False}[FLAGS.jit_compile]
-    jit = engines.resolve_jit_compile(jit)
+    jit: Any = {"auto": "auto", "true": True, "false": False}[FLAGS.jit_compile]
     settings = experiment.settings(**_given(experiment.Settings))
     configurations = experiment.configurations(settings)
     part, suffix = _shard()
     worker = devices.worker(strategy)
     suffix += f"-worker{worker}" if worker else ""
-    chosen = configurations[part]
-    if not chosen:
+    if not configurations[part]:
         raise ValueError(f"--shard={FLAGS.shard}: there are {len(configurations)} configurations")
-    toy = {"input_scale": "toy_input_scale", "noise_scale": "toy_noise_scale"}
-    toy = {k: getattr(settings, v) for k, v in toy.items() if hasattr(settings, v)}
-    source = data.load(settings.dataset, FLAGS.data_dir, **toy)
+    source = data.load(settings.dataset, FLAGS.data_dir, **_of_toy(settings))
+    _check_size(settings, source)
+    check = getattr(experiment, "check", None)
+    if check is not None:
+        check(settings, source)
+        keras.utils.clear_session()  # which counts layers without a name from 0 again
+    return Plan(
+        experiment,
+        settings,
+        configurations,
+        configurations[part],
+        source,
+        Path(FLAGS.runs_dir) / (_name(settings.dataset) + suffix),
+        dict(
+            engine=FLAGS.engine,
+            jit_compile=engines.resolve_jit_compile(jit),
+            replicas=FLAGS.replicas,
+            strategy=strategy,
+        ),
+        worker,
+    )
+
+
+def _of_toy(settings) -> dict:
+    names = {"input_scale": "toy_input_scale", "noise_scale": "toy_noise_scale"}
+    return {k: getattr(settings, v) for k, v in names.items() if hasattr(settings, v)}
+
+
+def _check_size(settings, source):
     sizes = getattr(settings, "n", None) or 0
     largest = max(sizes) if isinstance(sizes, list) else sizes
     unseen = bool(getattr(settings, "unseen", False))
     if source.pool is not None and largest * (1 + unseen) > source.pool:
         more = " (and as many others, for --unseen)" if unseen else ""
         raise ValueError(f"--n={largest}{more}: {source.name} has {source.pool} training examples")
+
+
+def run(argv):
+    """Runs the experiment that the flags describe and returns its run directory."""
+    return _go(plan(argv))
+
+
+def _go(planned: Plan):
+    from tf_gsnr.experiments.framework import runner
+
+    experiment, settings, how = planned.experiment, planned.settings, planned.how
     directory = records.RunDirectory(
-        Path(FLAGS.runs_dir) / (_name(settings.dataset) + suffix),
+        planned.path,
         settings._asdict() | {"experiment": FLAGS.experiment},
         grown=experiment.GRID,
         overwrite=FLAGS.overwrite,
     )
-    directory.write_config(_environment(FLAGS.engine, jit) | {"worker": worker})
-    directory.write_plan(configurations, experiment.epochs(settings), experiment.GRID)
-    progress.say(
-        f"{FLAGS.experiment} on {settings.dataset}: {len(chosen)} configurations into "
-        f"{directory.path}; engine {FLAGS.engine}, XLA {'on' if jit else 'off'}"
+    about = _environment(how["engine"], how["jit_compile"]) | {"worker": planned.worker}
+    directory.write_config(about)
+    directory.write_plan(planned.configurations, experiment.epochs(settings), experiment.GRID)
+    progress.say(_headline(planned))
+    runner.go_through(experiment, settings, planned.chosen, planned.source, directory, **how)
+    return _finish(experiment, directory)
+
+
+def _headline(planned) -> str:
+    how, strategy = planned.how, planned.how["strategy"]
+    return (
+        f"{FLAGS.experiment} on {planned.settings.dataset}: {len(planned.chosen)} configurations "
+        f"into {planned.path}; engine {how['engine']}, XLA {'on' if how['jit_compile'] else 'off'}"
         + (f", {FLAGS.strategy} devices: {strategy.num_replicas_in_sync}" if strategy else "")
     )
-    options = dict(engine=FLAGS.engine, jit_compile=jit, replicas=FLAGS.replicas, strategy=strategy)
-    runner.go_through(experiment, settings, chosen, source, directory, **options)
-    return _finish(experiment, directory)
+
+
+def _tell(planned: Plan):
+    """What the run would be and take; nothing is written."""
+    from tf_gsnr.experiments.framework import trial
+
+    left = planned.left()
+    print(_headline(planned))
+    grid = {name: getattr(planned.settings, name) for name in planned.experiment.GRID}
+    for name, values in grid.items():
+        print(f"  {name}: {', '.join(map(str, values)) if isinstance(values, list) else values}")
+    epochs = planned.experiment.epochs(planned.settings)
+    print(f"  measured at {len(epochs)} epochs of each, up to {max(epochs)}")
+    print(f"  {len(planned.chosen) - len(left)} configurations are complete, {len(left)} are left")
+    if not left:
+        return
+    print("a few seconds of the largest one:")
+    told = trial.estimate(planned.experiment, planned.settings, left, planned.source, **planned.how)
+    print(f"  {', '.join(f'{k}={v}' for k, v in told.configuration.items())}")
+    print(
+        f"  about {progress.clock(told.seconds)} for what is left, by its pace, and up to "
+        f"{progress.clock(told.start)} for each network to be built and traced"
+    )
+    if told.peak is not None:
+        print(f"  {told.peak / 2**30:.1f} GiB of memory at the peak of the trial, all included")
+    print("nothing was written (--dry_run)")
 
 
 def _quieten_tensorflow():
@@ -313,13 +426,21 @@ def _finish(experiment, directory):
 def main(argv):
     if not FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # TensorFlow Datasets says much at INFO
+    if FLAGS.list:
+        print(listing.text(FLAGS.runs_dir))
+        return
     try:
-        run(argv)
+        planned = plan(argv)
     except ValueError as error:
         logging.debug("", exc_info=True)
-        sys.exit(f"error: {error}")
+        progress.stop(f"error: {error}", USAGE)
+    try:
+        (_tell if FLAGS.dry_run else _go)(planned)
+    except ValueError as error:
+        logging.debug("", exc_info=True)
+        progress.stop(f"error: {error}")
     except KeyboardInterrupt:
-        sys.exit("\nstopped; the same command goes on from here")
+        progress.stop("\nstopped; the same command goes on from here")
 
 
 if __name__ == "__main__":

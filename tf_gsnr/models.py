@@ -234,8 +234,9 @@ def build(name: str, input_shape, outputs: int, width: int, seed: int) -> keras.
     reference = lookup.is_reference(name)
     if not reference and name not in MODELS:
         raise ValueError(
-            f"unknown model {name!r}; available: {', '.join(MODELS)}, or module:function, a "
-            "function (input_shape, outputs, width) -> keras.Model"
+            f"unknown model {name!r}{lookup.suggestion(name, MODELS)}; available: "
+            f"{', '.join(MODELS)}, or module:function, a function (input_shape, "
+            "outputs, width) -> keras.Model"
         )
     parameters = ("input_shape", "outputs", "width")
     function = lookup.function("model", name, parameters) if reference else MODELS[name]

@@ -24,6 +24,9 @@ class Progress:
         self._terminal = self.stream.isatty()
         self._last = -float("inf")
         self._estimated = False
+        self._from: tuple | None = (
+            None  # time and work where the first was done, after what is traced then
+        )
 
     def skip(self, work: float):
         """Counts work that an earlier run has done already."""
@@ -33,26 +36,39 @@ class Progress:
     def advance(self, work: float, text: str):
         """Counts work as done and shows `text` with the share done and the time left.
 
-        Now and then, and as soon as the time left can be estimated.
+        Now and then, and as soon as the time left can be estimated: from the second piece of work
+        on, since the first comes with all that is traced and compiled.
         """
         self.done += work
         now = time.monotonic()
-        wanted = work > 0 and not self._estimated
+        worked = self.done - self.skipped
+        wanted = work > 0 and self._from is not None and not self._estimated
+        if work > 0 and self._from is None:
+            self._from = now, worked
         if not wanted and now - self._last < (0.2 if self._terminal else 10):
             return
         self._last = now
         self._estimated |= wanted
         elapsed = now - self.start
         share = self.done / self.total
-        worked = self.done - self.skipped
-        left = elapsed * (self.total - self.done) / worked if worked > 0 else float("nan")
-        line = f"{text} | {share:4.0%} done, {_clock(elapsed)} elapsed, about {_clock(left)} left"
+        left = "the time left is not known yet"
+        if self._from is not None and worked > self._from[1]:
+            begun, before = self._from
+            pace = min((now - begun) / (worked - before), elapsed / worked)
+            left = f"about {clock(pace * (self.total - self.done))} left"
+        line = f"{text} | {share:4.0%} done, {clock(elapsed)} elapsed, {left}"
         self.stream.write(f"\r\033[K{line}" if self._terminal else f"{line}\n")
         self.stream.flush()
 
     def say(self, text: str):
         """Writes a line that stays, above the one that is rewritten."""
         say(text, self.stream)
+
+
+def stop(text: str, code: int = 1):
+    """Ends the program with a line on stderr: 2 where it was called wrongly, else 1."""
+    say(text)
+    raise SystemExit(code)
 
 
 def say(text: str, stream=None):
@@ -62,9 +78,9 @@ def say(text: str, stream=None):
     stream.flush()
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
     """
-    >>> _clock(61), _clock(7261), _clock(3e5), _clock(float("nan"))
+    >>> clock(61), clock(7261), clock(3e5), clock(float("nan"))
     ('1:01', '2:01:01', '3.5 days', '?')
     """
     if seconds != seconds:

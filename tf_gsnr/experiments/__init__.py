@@ -13,7 +13,7 @@ from tf_gsnr import lookup
 from tf_gsnr.experiments.framework.experiment import PARTS
 
 EXPERIMENTS = ("osgr", "dynamics", "freezing", "weights")
-_FILES = {"run": "run", "STRATEGIES": "run"}
+_FILES = {"run": "run", "check": "run", "STRATEGIES": "run"}
 _FILES |= dict.fromkeys(("summary", "table", "figure", "claims"), "figure")  # others: settings
 
 
@@ -43,7 +43,8 @@ def load(name: str):
         module = lookup.module("experiment", name)
     except ValueError:
         raise ValueError(
-            f"unknown experiment {name!r}; available: {', '.join(EXPERIMENTS)}, or a module of "
+            f"unknown experiment {name!r}{lookup.suggestion(name, EXPERIMENTS)}; available: "
+            f"{', '.join(EXPERIMENTS)}, or a module of "
             "your own, of which there is none by this name in the current directory or among the "
             "installed packages"
         ) from None

@@ -9,6 +9,7 @@ from __future__ import annotations
 import tensorflow as tf
 from absl import logging
 
+from tf_gsnr import lookup
 from tf_gsnr.gradients import contract, losses, network
 from tf_gsnr.gradients.layerwise import engine as layerwise
 from tf_gsnr.gradients.vectorized import engine as vectorized
@@ -37,8 +38,9 @@ def build(model, loss=None, *, engine: str = "auto", **options) -> contract.Meas
 
 def check_name(engine: str):
     if engine != "auto" and engine not in ENGINES:
-        names = ", ".join(["auto", *sorted(ENGINES)])
-        raise ValueError(f"unknown engine {engine!r}; available: {names}")
+        names = ["auto", *sorted(ENGINES)]
+        meant = lookup.suggestion(str(engine), names)
+        raise ValueError(f"unknown engine {engine!r}{meant}; available: {', '.join(names)}")
 
 
 def tried(engine: str) -> list[str]:

@@ -21,7 +21,6 @@ joined, wherever they are. An unfinished run is shown as far as it is.
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 
 from absl import app, flags
@@ -140,8 +139,16 @@ def main(argv):
         for file in files:
             print(file)
     except ValueError as error:
-        sys.exit(f"error: {error}")
+        progress.stop(f"error: {error}")
+
+
+def parse_flags(argv):
+    """absl's parser; a flag that it does not know ends the program with what may be meant."""
+    try:
+        return FLAGS(argv)
+    except flags.Error as error:
+        progress.stop(f"{error}\nSee python -m tf_gsnr.report --help", 2)
 
 
 if __name__ == "__main__":
-    app.run(main)
+    app.run(main, flags_parser=parse_flags)

@@ -107,12 +107,18 @@ def _network(name, settings, workbench) -> _Network:
     return workbench.traced[name]
 
 
-def _build(name, settings, workbench):
-    source, size = workbench.source, settings.batch_size
+def check(settings: Settings, source):
+    """Raises ValueError where the networks do not fit the data, or the data have no classes."""
     if source.classes is None:
         raise ValueError(
             f"--dataset={settings.dataset}: its targets are a regression's; dynamics needs classes"
         )
+    for name in settings.model:
+        models.build(name, source.input_shape, source.outputs, settings.width, settings.seed)
+
+
+def _build(name, settings, workbench):
+    source, size = workbench.source, settings.batch_size
     model = models.build(name, source.input_shape, source.outputs, settings.width, settings.seed)
     loss = models.loss(name, source.classes)
     jit_compile = workbench.jit_compile

@@ -31,7 +31,8 @@ class Experiment(Figure, Protocol):
     """A list of configurations, each of which can be run, skipped, resumed or moved alone.
 
     Also, where it can use several devices for one configuration: `STRATEGIES`, those of
-    `descent.devices.STRATEGIES` that it runs under.
+    `descent.devices.STRATEGIES` that it runs under. And `check(settings, source)`, which raises
+    ValueError for a network or data that it cannot work with, before anything is written.
     """
 
     Settings: type  # a NamedTuple of all that its records depend on; flags are made from it

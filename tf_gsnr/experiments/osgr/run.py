@@ -61,6 +61,12 @@ def run(configuration: dict, settings: Settings, workbench) -> Iterator[dict]:
     workbench.directory.clear_checkpoint()
 
 
+def check(settings: Settings, source):
+    """Raises ValueError where the network does not fit the data."""
+    width = min(settings.width)
+    models.build(settings.model, source.input_shape, source.outputs, width, settings.seed)
+
+
 class _State:
     """Where a configuration is: its weights, what was measured, and the checkpoint of both."""
 

@@ -148,6 +148,11 @@ def _network(settings, workbench) -> _Network:
     return workbench.traced["network"]
 
 
+def check(settings: Settings, source):
+    """Raises ValueError where the network does not fit the data, or section 3.3."""
+    check_chain(initial(settings, source, settings.seed), settings)
+
+
 def check_chain(model, settings: Settings):
     """Raises ValueError unless the network is what section 3.3 speaks of.
 
