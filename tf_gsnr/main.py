@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 # only where the CPU has AVX-512; it must be chosen before TensorFlow is imported.
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+os.environ.setdefault("MPLBACKEND", "Agg")  # figures go into files
 
 from absl import app, flags, logging  # noqa: E402
 

@@ -145,6 +145,15 @@ NUMBERS = {
     ),
 }
 
+# What a number takes that needs more than the sums over all parameters, which are there anyway.
+COSTS = {
+    None: "sums that are there anyway",
+    "ratios": "two sums for each sampled parameter",
+    "signs": "the sign of every example's gradient at the sampled parameters",
+    "optimizer": "the optimiser's state at the sampled parameters",
+    "test": "a forward pass over probe and test set, before and after the measured step",
+}
+
 IN_FIT = tuple(name for name, number in NUMBERS.items() if number.in_fit)
 
 

@@ -45,7 +45,10 @@ def test_the_page_runs_from_top_to_bottom(place, monkeypatch):
             tf_gsnr.main.parse_flags(sys.argv)
             tf_gsnr.main.run(["main.py"])
     bars = records.read_records(place / "runs" / "bars")
-    assert [r["n"] for r in bars] == [50, 50, 100, 100]
+    assert {r["n"] for r in bars} == {20, 50, 100, 200} and len(bars) == 16
+    for epoch in (0, 5):
+        pairs = [(r["osgr_predicted"], r["osgr_measured"]) for r in bars if r["epoch"] == epoch]
+        assert np.corrcoef(*zip(*pairs))[0, 1] > 0.7
     assert {"gsnr/small_cnn/conv/kernel", "osgr_predicted"} <= bars[0].keys()
     assert bars[-1]["dataset"] == "my_data:load" and bars[0]["gsnr_plain/mean"] > 0
     sizes = records.read_records(place / "runs" / "sample_size")

@@ -5,6 +5,7 @@ Index letters: n example, S a part of the batch.
 
 from __future__ import annotations
 
+import contextlib
 from typing import NamedTuple
 
 import keras
@@ -100,7 +101,7 @@ def loss_coupling(tape, loss, predictions, n: int):
     """
     outputs = [p for p in real(predictions) if p.shape.rank and p.shape[0] == n]
     chosen = part_of(n)
-    with tape:
+    with _meant(), tape:
         total = [tf.zeros([], tf.float64)]
         for k, gradient in enumerate(tape.gradient(loss, outputs)):
             if gradient is not None:
@@ -118,6 +119,20 @@ def loss_coupling(tape, loss, predictions, n: int):
     if not of_chosen:
         return None
     return Seen(*(tf.cast(tf.add_n(v), tf.float32) for v in (of_chosen, foreign)))
+
+
+@contextlib.contextmanager
+def _meant():
+    """Keeps TensorFlow's advice not to take gradients inside a persistent tape from the user."""
+
+    def others(record):
+        return "persistent tape" not in record.getMessage()
+
+    tf.get_logger().addFilter(others)
+    try:
+        yield
+    finally:
+        tf.get_logger().removeFilter(others)
 
 
 def loss_apart(loss, x, y, predictions, sample_weight, training, n: int) -> list:

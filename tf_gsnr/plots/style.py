@@ -1,12 +1,12 @@
-"""What all figures share: matplotlib without a window, and records by their fields."""
+"""What all figures share: their looks, and records by their fields.
+
+Where there is no screen, matplotlib opens no window by itself; the binaries open none anywhere.
+"""
 
 from __future__ import annotations
 
-import matplotlib
-
-matplotlib.use("Agg")  # files, no window
-import matplotlib.pyplot as plt  # noqa: E402
-import numpy as np  # noqa: E402
+import matplotlib.pyplot as plt
+import numpy as np
 
 __all__ = ["by", "column", "curves", "draw_mean", "over_seeds", "plt"]
 

@@ -23,10 +23,12 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from absl import app, flags
+os.environ.setdefault("MPLBACKEND", "Agg")  # figures go into files
 
-from tf_gsnr import experiments, progress, records, status
-from tf_gsnr.report import document, results, runs
+from absl import app, flags  # noqa: E402
+
+from tf_gsnr import experiments, progress, records, status  # noqa: E402
+from tf_gsnr.report import document, results, runs  # noqa: E402
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("output", None, "A Markdown file to write too, such as RESULTS.md.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 
 import numpy as np
@@ -36,9 +37,6 @@ def plot(source, size: tuple = (12.0, 6.5)):
     >>> len(figure.axes) >= 4
     True
     """
-    from matplotlib import pyplot  # noqa: F401 (so that a notebook knows how to show a figure)
-    from matplotlib.figure import Figure
-
     numbers, layers, x_name = _numbers(source)
     x = numbers[x_name]
     known = [
@@ -56,7 +54,7 @@ def plot(source, size: tuple = (12.0, 6.5)):
         )
     count = len(draw) + bool(layers)
     columns = min(3, count)
-    figure = Figure(figsize=size, layout="constrained")
+    figure = _figure(size)
     axes = figure.subplots(-(-count // columns), columns, squeeze=False).ravel()
     for axis, one in zip(axes, draw):
         one(axis, x, numbers)
@@ -67,6 +65,19 @@ def plot(source, size: tuple = (12.0, 6.5)):
     for axis in axes[count:]:
         axis.set_axis_off()
     return figure
+
+
+def _figure(size):
+    """A figure that belongs to no window, and that a notebook shows once, as a cell's value."""
+    from matplotlib.figure import Figure
+
+    class Shown(Figure):
+        def _repr_png_(self):
+            image = io.BytesIO()
+            self.savefig(image, format="png", dpi=110)
+            return image.getvalue()
+
+    return Shown(figsize=size, layout="constrained")
 
 
 def _numbers(source):
