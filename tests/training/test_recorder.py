@@ -111,6 +111,22 @@ def test_the_same_model_trained_on_goes_on_in_its_records(tmp_path):
     assert [r["step"] for r in records.read_records(run)] == [6, 12, 18, 24]
 
 
+def test_another_batch_size_is_said(tmp_path):
+    run = tmp_path / "run"
+    model = recorded(run)
+    fit(model, 1)
+    fit(model, 2, initial_epoch=1, batch_size=32)
+    assert [r["step"] for r in records.read_records(run)] == [6, 9]
+    assert (
+        "From step 6 on with other settings: batch_size 32 instead of 16."
+        in (run / "page.html").read_text()
+    )
+    model.save(tmp_path / "model.keras")
+    loaded = tf_gsnr.GSNRModel(keras.saving.load_model(tmp_path / "model.keras"), run_dir=run)
+    with pytest.raises(ValueError, match="batch_size was 16 and is now 48"):
+        fit(loaded, 3, initial_epoch=2, batch_size=48)
+
+
 def test_another_training_does_not_touch_what_is_there(tmp_path):
     run = tmp_path / "run"
     fit(recorded(run))

@@ -514,6 +514,7 @@ function layerCharts(run, k) {
     charts.push(lineChart({
       title: title("GSNR by layer"), log: true,
       series: run.layers.map((l, i) => ({ name: short[i], x: run.series.step, y: l.gsnr, colour: colour(i), dash: i > 11 ? "4 3" : null })),
+      lines: [{ x: run.series.step, ys: run.series["gsnr/least"] || [], name: "of all parameters, the least that can be told from zero" }],
       note: "Mean over a layer's parameters, corrected; a gap in a line: it cannot be told from zero there.",
     }));
   } else charts.push(heatMap(run, title("GSNR by layer")));

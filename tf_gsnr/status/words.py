@@ -202,7 +202,7 @@ def _noise_scale(run):
 
 def warnings(run: Training) -> list[str]:
     """What is to be said first."""
-    found = [_state(run), *_continued(run)]
+    found = [_state(run), *_continued(run), *_changes(run)]
     if run.rows:
         found += [_untold(run), _jumps(run), _dead(run), *_layers(run), _interaction(run)]
         found.append(_optimizer(run))
@@ -229,6 +229,12 @@ def _continued(run):
             f"The training was continued from a saved model at step {run.state['continued']}; what "
             "goes up from the start carries on from the records before."
         )
+
+
+def _changes(run):
+    for step, changed in run.state.get("changes") or []:
+        what = ", ".join(f"{name} {new} instead of {old}" for name, (old, new) in changed.items())
+        yield f"From step {_count(step)} on with other settings: {what}."
 
 
 def _untold(run):

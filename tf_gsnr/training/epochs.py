@@ -20,7 +20,7 @@ class Epochs(keras.callbacks.Callback):
     It is the first of the callbacks, which all are given the same logs.
 
     Args:
-      training: of `model.py`; what is asked of it: `meter`, `read`, `learn`.
+      training: of `model.py`; what is asked of it: `meter`, `plan`, `given`, `read`, `learn`.
     """
 
     def __init__(self, training):
@@ -90,6 +90,7 @@ class RecordedEpochs(Epochs):
             measure_every=self.every,
             pool=self.training.meter_options["pool"],
             parameters_measured=self.training.meter.sample.size,
+            **self.training.given,
             seed=keras_internals.global_seed(),
         )
         about = {

@@ -22,7 +22,7 @@ from tf_gsnr.shown import needed
 from tf_gsnr.training import bar, epochs, gap, plan, step
 from tf_gsnr.training.bar import ProgressBar
 from tf_gsnr.training.meter import SHOWN, GSNRMeter
-from tf_gsnr.training.recorder import Recorder
+from tf_gsnr.training.recorder import Recorder, digest
 from tf_gsnr.training.sample import LEAST, LEAST_OF_LAYERS, SIZE, Sample
 
 LEARN_EVERY = 16  # steps, after which it is read what the comparisons found
@@ -148,6 +148,7 @@ class _Training:
     def __init__(self, model, every, examples, sample, meter_options, progress, recorder):
         self.reference = weakref.ref(model)
         self.progress, self.recorder = progress, recorder
+        self.given = {}  # what is recorded of the data
         self.every, self.fixed_examples, self.sample = every, examples, sample
         self.meter_options = meter_options
         self.told = examples or 0
@@ -188,6 +189,8 @@ class _Training:
             self.told = _length({**bound.arguments, **given})
         if self.meter is not None:
             self.meter.examples.assign(self.told)
+        if self.recorder is not None:
+            self.given = _about_data({**bound.arguments, **given})
         callbacks = given.get("callbacks")
         verbose = {**bound.arguments, **given}.get("verbose", "auto")
         self.look_every = 0.0
@@ -456,6 +459,16 @@ def _check(model, engine, measure_every, pool, shown, examples, sample):
         checks.positive_integer("examples", examples, ", the number of training examples")
     if sample is not None:
         checks.positive_integer("sample", sample, ", a number of parameters, or None for all")
+
+
+def _about_data(given) -> dict:
+    """The batch size that `fit` is given, and a digest of the examples, where they are arrays."""
+    x, y = given.get("x"), given.get("y")
+    arrays = x is not None and not examples.is_stream(x)
+    return {
+        "batch_size": given.get("batch_size"),
+        "training_data": digest((x, y)) if arrays else None,
+    }
 
 
 def _length(given) -> int:

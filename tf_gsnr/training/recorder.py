@@ -52,6 +52,7 @@ class Recorder:
         self._directory: Any = None  # the RunDirectory, once it is open
         self._state: dict = {}
         self._first_histogram: dict | None = None
+        self._settings: dict = {}
         self._begun = self._earlier = 0.0
         self._page_due = 0.0
         self._broken = False
@@ -68,6 +69,9 @@ class Recorder:
     def begin(self, settings: dict, layers: list[dict], step: int, about: dict, since=None):
         """Opens the directory; another call goes on after the last one's rows.
 
+        Where settings have changed between two trainings by one recorder, state.json says which,
+        and from which step on.
+
         Args:
           settings: what the records depend on; another training's directory is not touched.
           layers: of `layers_of`.
@@ -79,7 +83,9 @@ class Recorder:
           ValueError: the directory holds something else, or a training that this one does not
             continue.
         """
-        if not self.open:
+        if self.open:
+            self._note_changes(settings, step)
+        else:
             ways_out = ("run_dir", "overwrite=True")
             directory = RunDirectory(
                 self.path,
@@ -92,12 +98,23 @@ class Recorder:
             config = {**environment.found(), "kind": "training", "layers": layers, **about}
             directory.write_config(config)
             self._directory = directory
+            self._settings = settings
             self._earlier = self.rows[-1].get("seconds", 0.0) if self.rows else 0.0
             self._begun = time.monotonic() if since is None else since
             self._finalizer = weakref.finalize(self, _mark_stopped, directory, self._state)
         self._state |= {"pid": os.getpid(), "host": socket.gethostname(), "step": step}
         self._write_state("running")
         self._write_page(always=True)
+
+    def _note_changes(self, settings, step):
+        before, self._settings = self._settings, settings
+        changed = {
+            name: [before.get(name), value]
+            for name, value in settings.items()
+            if name not in MAY_DIFFER and before.get(name) != value
+        }
+        if changed:
+            self._state.setdefault("changes", []).append([step, changed])
 
     def _continued(self, directory, step) -> list[dict]:
         """The rows that stay, if this training goes on from there."""
