@@ -13,7 +13,7 @@ PACKAGE = Path(tf_gsnr.__file__).parent
 PAGE = PACKAGE.parent / "ARCHITECTURE.md"
 # The floors, the lowest first: a file imports of its own floor and of those before.
 FLOORS = [
-    "moments arrays checks keras_internals progress lookup",
+    "moments arrays checks keras_internals progress lookup lock",
     "metrics shown records environment",
     "gradients plots status",
     "data models training",

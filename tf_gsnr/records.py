@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 
-from tf_gsnr import progress
+from tf_gsnr import lock, progress
 
 
 class RunDirectory:
@@ -58,23 +58,46 @@ class RunDirectory:
         self.path = Path(path)
         self.settings = json.loads(json.dumps(_jsonable(settings)))  # as they will be read back
         self._another, self._overwrite = ways_out
-        if overwrite and _is_ours(self.path):
-            shutil.rmtree(self.path)
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"{self.path} is a file; choose another {self._another}")
-        if self.path.exists() and any(self.path.iterdir()):
-            self._check_same_run(set(grown))
+        self._check_ours()
         self.path.mkdir(parents=True, exist_ok=True)
-        self._cut_half_record()
-
-    def _check_same_run(self, grown):
+        self._lock = lock.hold(self.path)
         try:
-            before = read_config(self.path)["settings"]
-        except (OSError, KeyError, json.JSONDecodeError):
+            if overwrite:
+                self._empty()
+            elif (self.path / "config.json").exists():
+                self._check_same_run(set(grown))
+            self._cut_half_record()
+        except BaseException:
+            self.release()
+            raise
+
+    def release(self):
+        """Lets another process write into the directory."""
+        self._lock.release()
+
+    def hold(self):
+        """Keeps other processes from writing into it, after `release`."""
+        self._lock.hold()
+
+    def _check_ours(self):
+        """Refuses a directory that no run made; one that was stopped while it was made will do."""
+        there = {p.name for p in self.path.iterdir()} if self.path.exists() else set()
+        if there - UNFINISHED and not _is_ours(self.path):
             raise ValueError(
                 f"{self.path} is not empty and holds no run of this program; choose another "
                 f"{self._another}"
-            ) from None
+            )
+
+    def _empty(self):
+        for entry in self.path.iterdir():
+            if entry.name == lock.NAME:
+                continue
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+
+    def _check_same_run(self, grown):
+        before = read_config(self.path)["settings"]
         if not self.records() and not self.load_checkpoint():
             return  # nothing was measured with those settings: a mistyped flag, say
         names = sorted(set(before) | set(self.settings))
@@ -304,16 +327,39 @@ def read_records(path) -> list[dict]:
     """All whole records of a run directory, in the order in which they were written.
 
     Numbers that JSON lacks (NaN, infinity) come back as NaN.
+
+    Raises:
+      ValueError: a line is damaged; the message names file and line.
     """
     file = Path(path) / "records.jsonl"
     if not file.exists():
         return []
-    lines = file.read_text(encoding="utf-8").split("\n")[:-1]
-    return [
-        {k: math.nan if v is None else v for k, v in json.loads(line).items()} for line in lines
-    ]
+    lines = file.read_bytes().split(b"\n")[:-1]
+    return [_read_line(file, number, line) for number, line in enumerate(lines, 1)]
 
 
+def _read_line(file, number, line) -> dict:
+    try:
+        record = json.loads(line.decode("utf-8"))
+        if not isinstance(record, dict):
+            raise ValueError("it is no record")
+        wrong = [k for k, v in record.items() if not isinstance(v, (int, float, str, type(None)))]
+        if wrong:
+            raise ValueError(f"{wrong[0]!r} is neither a number nor a text")
+    except ValueError as error:
+        raise ValueError(
+            f"{file}, line {number} is damaged ({error}). Without that line the same command "
+            "measures again what was in it"
+        ) from None
+    return {k: math.nan if v is None else v for k, v in record.items()}
+
+
+UNFINISHED = {  # what a run leaves that was stopped before it had a configuration
+    lock.NAME,
+    "config.json.partial",
+    "plan.json.partial",
+    "figures",
+}
 _REST = "values"  # of a checkpoint, what is no array
 
 
@@ -336,6 +382,8 @@ def _jsonable(value):
         return {k: _jsonable(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
         return [_jsonable(v) for v in value]
+    if isinstance(value, np.ndarray):
+        return _jsonable(value.tolist())
     if isinstance(value, np.generic):
         value = value.item()
     if isinstance(value, float) and not math.isfinite(value):

@@ -251,10 +251,8 @@ def test_bad_settings_are_named():
     with pytest.raises(ValueError, match="--probe=60: expected at most n = 50"):
         DYNAMICS.settings(n=50, probe=60)
     assert DYNAMICS.settings(model="simple_cnn,linear_svm").model == ["simple_cnn", "linear_svm"]
-    settings = DYNAMICS.settings(dataset="toy")
-    bench = Workbench(data.load("toy"), None, progress.Progress(1, io.StringIO()), traced={})
     with pytest.raises(ValueError, match="--dataset=toy: .*needs classes"):
-        next(dynamics.run(DYNAMICS.configurations(settings)[0], settings, bench))
+        DYNAMICS.check(DYNAMICS.settings(dataset="toy"), data.load("toy"))
 
 
 def test_at_first_the_examples_of_a_class_agree(tfds_dir):

@@ -198,7 +198,7 @@ def test_the_command_resumes_grows_and_refuses(tmp_path):
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (["--experiment=ogsr"], "unknown experiment 'ogsr'; available: osgr"),
+        (["--experiment=ogsr"], "'ogsr' (did you mean 'osgr'?); available: osgr"),
         (["--n=many"], "'many' is not a comma separated list of int numbers"),
         (["--dataset=toy", "--shard=4/4"], "--shard=4/4: expected i/k"),
         (["--jit_compile=maybe"], "auto|true|false"),

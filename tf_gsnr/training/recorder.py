@@ -84,6 +84,7 @@ class Recorder:
             continue.
         """
         if self.open:
+            self._directory.hold()
             self._note_changes(settings, step)
         else:
             ways_out = ("run_dir", "overwrite=True")
@@ -94,7 +95,11 @@ class Recorder:
                 overwrite=self._overwrite,
                 ways_out=ways_out,
             )
-            self.rows = self._continued(directory, step)
+            try:
+                self.rows = self._continued(directory, step)
+            except ValueError:
+                directory.release()
+                raise
             config = {**environment.found(), "kind": "training", "layers": layers, **about}
             directory.write_config(config)
             self._directory = directory
@@ -176,6 +181,7 @@ class Recorder:
             return
         self._state |= more
         self._try(self._end, state)
+        self._directory.release()
 
     def _end(self, state):
         self._write_state(state)
