@@ -369,6 +369,9 @@ def test_what_is_no_run_is_named(tmp_path, capsys):
     write_run(tmp_path / "runs" / "theirs", frozen_records(), experiment="no_such_experiment")
     with pytest.raises(ValueError, match="has a record to show"):
         report.write([tmp_path / "runs" / "theirs"], tmp_path / "RESULTS.md")
+    assert "left out: theirs: its experiment is 'no_such_experiment'" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="has a record to show"):
+        report.write([tmp_path / "runs" / "theirs"], modules=["no_such_experiment"])
     assert "left out: theirs: unknown experiment 'no_such_experiment'" in capsys.readouterr().err
 
 

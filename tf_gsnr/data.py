@@ -261,6 +261,7 @@ def _has_network(seconds: float = 10) -> bool:
 
 
 def _read_tfds(name, data_dir):
+    import tensorflow as tf
     import tensorflow_datasets as tfds  # slow to import, and the toy data do without
 
     try:
@@ -306,7 +307,14 @@ def _read_tfds(name, data_dir):
         )
     splits = []
     for split in ("train", "test"):
-        dataset = builder.as_dataset(split=split, batch_size=-1, as_supervised=True)
-        images, labels = tfds.as_numpy(dataset)
+        try:
+            dataset = builder.as_dataset(split=split, batch_size=-1, as_supervised=True)
+            images, labels = tfds.as_numpy(dataset)
+        except tf.errors.OpError as error:
+            raise ValueError(
+                f"dataset {name!r}: the {split} files in {builder.data_dir} (--data_dir) are "
+                f"damaged ({str(error.message).splitlines()[0][:100]}). Delete that directory, "
+                "and they are downloaded anew"
+            ) from None
         splits.append((images, labels.astype(np.int64)))
     return *splits, features["label"].num_classes

@@ -16,8 +16,11 @@ flagfile's. What is not given is the paper's value for the data set.
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import sys
+import threading
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,7 +36,7 @@ from tf_gsnr import environment, experiments, listing, plots, progress, records 
 from tf_gsnr.experiments.framework.settings import fields  # noqa: E402
 
 FLAGS = flags.FLAGS
-USAGE = 2  # exit code, where the program was called wrongly
+USAGE, DIVERGED = 2, 3  # exit codes: called wrongly; ended, but some configurations diverged
 
 
 class _List(flags.ArgumentParser):
@@ -113,6 +116,13 @@ flags.DEFINE_string(
     None,
     "i/k: only every k-th configuration from the i-th on (0 <= i < k), into <name>-<i>of<k>; "
     "python -m tf_gsnr.report joins the shards.",
+)
+flags.DEFINE_enum(
+    "on_divergence",
+    "skip",
+    ["skip", "stop"],
+    "What happens where the training of a configuration diverges: skip, it ends there, is noted in "
+    "diverged.json and not tried again, the others run, and the exit code is 3; stop, all ends.",
 )
 flags.DEFINE_bool(
     "dry_run",
@@ -248,7 +258,10 @@ def _environment(engine, jit_compile):
 
 
 def _name(dataset):
-    return FLAGS.name or f"{FLAGS.experiment}_{dataset}".replace(":", ".").replace("/", "-")
+    name = FLAGS.name or f"{FLAGS.experiment}_{dataset}".replace(":", ".").replace("/", "-")
+    if name in (".", "..") or Path(name).name != name:
+        raise ValueError(f"--name={name}: expected the name of a directory inside --runs_dir")
+    return name
 
 
 class Plan(NamedTuple):
@@ -362,7 +375,10 @@ def _go(planned: Plan):
     about = _environment(how["engine"], how["jit_compile"]) | {"worker": planned.worker}
     directory.write_config(about)
     directory.write_plan(planned.configurations, experiment.epochs(settings), experiment.GRID)
+    grid = {"configurations": planned.configurations}
+    records.check_grid(directory.path, directory.records(), grid)
     progress.say(_headline(planned))
+    how = how | {"skip_diverging": FLAGS.on_divergence == "skip"}
     runner.go_through(experiment, settings, planned.chosen, planned.source, directory, **how)
     return _finish(experiment, directory)
 
@@ -413,13 +429,20 @@ def _quieten_tensorflow():
 
 def _finish(experiment, directory):
     """Summary, table and figure of all records of the run."""
-    all_records = directory.records()
-    directory.write_json(
-        "summary.json", {"experiment": FLAGS.experiment, **experiment.summary(all_records)}
-    )
+    diverged = records.read_diverged(directory.path)
+    all_records = records.without(diverged, directory.records())
+    note = f"{len(diverged)} configurations diverged and are not shown" if diverged else ""
+    summary = experiment.summary(all_records) if all_records else {}
+    about = {"experiment": FLAGS.experiment, **({"diverged": diverged} if diverged else {})}
+    directory.write_json("summary.json", about | summary)
+    if not all_records:
+        print(f"no records: {note}")
+        return directory
     file = directory.path / "figures" / f"{FLAGS.experiment}.png"
-    figure = plots.draw(experiment, all_records, file)
+    figure = plots.draw(experiment, all_records, file, note)
     print(experiment.table(all_records))
+    for one in diverged:
+        print(f"diverged: {one['why']}")
     print(f"\nrecords: {directory.path / 'records.jsonl'}\nfigure:  {figure}")
     return directory
 
@@ -431,17 +454,69 @@ def main(argv):
         print(listing.text(FLAGS.runs_dir))
         return
     try:
+        with _signals():
+            _do(argv)
+    except OSError as error:
+        logging.debug("", exc_info=True)
+        progress.stop(f"error: {_of_system(error)}")
+    except KeyboardInterrupt:
+        progress.stop("\nstopped; the same command goes on from here")
+
+
+def _do(argv):
+    try:
         planned = plan(argv)
     except ValueError as error:
         logging.debug("", exc_info=True)
         progress.stop(f"error: {error}", USAGE)
     try:
-        (_tell if FLAGS.dry_run else _go)(planned)
+        directory = (_tell if FLAGS.dry_run else _go)(planned)
     except ValueError as error:
         logging.debug("", exc_info=True)
         progress.stop(f"error: {error}")
-    except KeyboardInterrupt:
-        progress.stop("\nstopped; the same command goes on from here")
+    diverged = records.read_diverged(directory.path) if directory else []
+    if diverged:
+        progress.stop(
+            f"{len(diverged)} of {len(planned.configurations)} configurations diverged "
+            f"({directory.path / 'diverged.json'}); a smaller --learning_rate, as another --name?",
+            DIVERGED,
+        )
+
+
+def _of_system(error: OSError) -> str:
+    """A fault of disk or network in a line: the path, the flag, what to do."""
+    path = str(error.filename or "")
+    flag = "runs_dir"
+    if FLAGS.data_dir and path.startswith(str(FLAGS.data_dir)):
+        flag = "data_dir"
+    where = f"{path}: " if path else ""
+    return (
+        f"{where}{error.strerror or error} (--{flag}={FLAGS[flag].value}). What was written is "
+        "valid: when that is mended, the same command goes on from there"
+    )
+
+
+@contextlib.contextmanager
+def _signals():
+    """SIGTERM and SIGHUP end the program as Ctrl-C does; a second one ends it at once."""
+    names = [n for n in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, n)]
+    mine = threading.current_thread() is threading.main_thread() and FLAGS.strategy == "none"
+    before, heard = {}, []
+
+    def stop(number, frame):
+        if heard:
+            os.write(2, b"\nstopped at once\n")
+            os._exit(1)
+        heard.append(number)
+        raise KeyboardInterrupt
+
+    if mine:
+        before = {n: signal.signal(getattr(signal, n), stop) for n in names}
+    try:
+        yield
+    finally:
+        for name, handler in before.items():
+            signal.signal(getattr(signal, name), handler)
 
 
 if __name__ == "__main__":

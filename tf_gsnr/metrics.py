@@ -554,7 +554,7 @@ def _total(values, of_none=0.0):
     xp = arrays.namespace(sums[0])
     known = [arrays.choose(xp.isnan(v), 0.0, v) for v in sums]
     none = sum(arrays.choose(xp.isnan(v), 1.0, 0.0 * k) for v, k in zip(sums, known)) == len(sums)
-    return arrays.choose(none, of_none, sum(known))
+    return arrays.choose(none, np.float64(of_none), sum(known))
 
 
 def _squared_norm(moments):

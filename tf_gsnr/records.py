@@ -4,6 +4,7 @@
       config.json       every flag, the seed, versions, device, engine, XLA or not, seconds taken
       plan.json         the configurations that the whole grid has, and the epochs of each
       records.jsonl     a flat dict of numbers and names a line, appended and flushed one by one
+      diverged.json     configurations whose training diverged, and where
       summary.json      what the records add up to
       checkpoint.npz    the configuration in progress; gone when it is complete
       figures/
@@ -160,6 +161,11 @@ class RunDirectory:
         text = "".join(json.dumps(_jsonable(row)) + "\n" for row in rows)
         _replace(self.path / "records.jsonl", text.encode())
 
+    def note_divergence(self, configuration: dict, why: str):
+        """Adds a configuration to diverged.json, which says what is not tried again."""
+        noted = [*read_diverged(self.path), {"configuration": configuration, "why": why}]
+        self.write_json("diverged.json", noted)
+
     def write_json(self, name: str, value):
         """Replaces a file of the directory by this value, all at once."""
         self.write_text(name, json.dumps(_jsonable(value), indent=2) + "\n")
@@ -310,6 +316,41 @@ def read_config(path) -> dict:
 
 def read_plan(path) -> dict:
     return json.loads((Path(path) / "plan.json").read_text(encoding="utf-8"))
+
+
+def read_diverged(path) -> list[dict]:
+    """What diverged in a run: dicts of `configuration` and `why`."""
+    file = Path(path) / "diverged.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
+
+
+def check_grid(path, rows: list[dict], plan: dict):
+    """Raises ValueError unless each row is of a configuration and epoch of its own.
+
+    Args:
+      path: the run directory, for the message.
+      rows: all its records, in order.
+      plan: what plan.json says.
+    """
+    fields = dict.fromkeys(name for c in plan["configurations"] for name in c)
+    seen: dict = {}
+    for number, row in enumerate(rows, 1):
+        place = f"{Path(path) / 'records.jsonl'}, line {number}"
+        lacking = [name for name in (*fields, "epoch") if name not in row]
+        if lacking:
+            raise ValueError(f"{place} is no record of this run: it has no {', '.join(lacking)}")
+        key = tuple(row[name] for name in (*fields, "epoch"))
+        if key in seen:
+            raise ValueError(
+                f"{place} is of the same configuration and epoch as line {seen[key]}: remove one"
+            )
+        seen[key] = number
+
+
+def without(diverged: list[dict], rows: list[dict]) -> list[dict]:
+    """The records that are not of a configuration that diverged."""
+    gone = [d["configuration"].items() for d in diverged]
+    return [row for row in rows if not any(items <= row.items() for items in gone)]
 
 
 def measured_epochs(configuration: dict, records: list[dict]) -> set:

@@ -58,7 +58,7 @@ def test_the_page_runs_from_top_to_bottom(place, monkeypatch):
 
     # The current directory is where `python -m` looks for the experiment's module.
     done = subprocess.run(
-        [sys.executable, "-m", "tf_gsnr.report"],
+        [sys.executable, "-m", "tf_gsnr.report", "--experiments=sample_size"],
         cwd=place,
         env=os.environ | {"PYTHONPATH": str(PAGE.parents[1])},
         capture_output=True,

@@ -11,15 +11,18 @@ from pathlib import Path
 from tf_gsnr.plots.style import plt
 
 
-def draw(experiment, records: list[dict], path) -> Path:
+def draw(experiment, records: list[dict], path, note: str = "") -> Path:
     """Draws the figure of an experiment's records into the file `path` and returns it.
 
     Args:
       experiment: a `tf_gsnr.experiments.framework.experiment.Figure`.
+      note: what stands below it.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure = experiment.figure(records)
+    if note:
+        figure.supxlabel(note, fontsize="small", color="#98301b", wrap=True)
     partial = path.with_suffix(f".partial{path.suffix}")
     figure.savefig(partial, dpi=150)
     plt.close(figure)

@@ -38,12 +38,15 @@ flags.DEFINE_string(
 )
 
 
+flags.DEFINE_multi_string(
+    "experiments", [], "A module of your own whose runs are to be shown; it is imported."
+)
 flags.DEFINE_enum(
     "format", "html", ["html", "csv"], "html: pages to look at; csv: the records as records.csv."
 )
 
 
-def write_all(directories, output=None, figures=None, html=None) -> list[Path]:
+def write_all(directories, *arguments) -> list[Path]:
     """The pages of all that is in these directories: of trainings, and of the experiments' runs.
 
     Args and errors as of `write`.
@@ -57,7 +60,7 @@ def write_all(directories, output=None, figures=None, html=None) -> list[Path]:
         files.append(status.page(*named))
     others = [path for path in directories if runs.holds_experiments(path)]
     if others or not files:
-        files += write(others or directories, output, figures, html)
+        files += write(others or directories, *arguments)
     return files
 
 
@@ -66,7 +69,7 @@ def write_csv(directories) -> list[Path]:
     return [records.write_csv(path) for path in runs.directories(directories)]
 
 
-def write(directories, output=None, figures=None, html=None) -> list[Path]:
+def write(directories, output=None, figures=None, html=None, modules=()) -> list[Path]:
     """Reads the experiments' run directories and writes what is found there.
 
     Args:
@@ -74,6 +77,7 @@ def write(directories, output=None, figures=None, html=None) -> list[Path]:
       output: a Markdown file, with PNG figures; None: only the page is written.
       figures: the directory of those figures; default: docs/results beside `output`.
       html: the page; default: as `output`, ending in .html; without it `page_of(directories)`.
+      modules: experiments of one's own, which may be imported to show their runs.
 
     Returns:
       The files: of Markdown, if there is one, and the page.
@@ -86,7 +90,7 @@ def write(directories, output=None, figures=None, html=None) -> list[Path]:
     page = Path(html or (Path(output).with_suffix(".html") if output else page_of(directories)))
     if output and page == Path(output):
         raise ValueError(f"--output={output}: it is Markdown; the page beside it ends in .html")
-    shown_runs = [run for run in runs.find(directories) if _is_shown(run)]
+    shown_runs = [run for run in runs.find(directories) if _is_shown(run, modules)]
     if not shown_runs:
         raise ValueError(f"no run in {', '.join(map(str, directories))} has a record to show")
     if output and not figures:
@@ -113,17 +117,23 @@ def page_of(directories) -> Path:
     return Path(os.path.commonpath([path.resolve() for path in paths])) / "report.html"
 
 
-def _is_shown(run):
+def _is_shown(run, modules):
     """Says what there is to say of a run; whether there is something to show of it."""
     if not run.records:
         progress.say(f"left out: {run.name} has no records yet")
+        return False
+    if run.experiment not in (*experiments.EXPERIMENTS, *modules):
+        progress.say(
+            f"left out: {run.name}: its experiment is {run.experiment!r}, a module of somebody's "
+            "own, and is not imported unless it is named: --experiments=" + run.experiment
+        )
         return False
     try:
         experiments.load(run.experiment)
     except ValueError as error:
         progress.say(f"left out: {run.name}: {error}")
         return False
-    if run.complete < run.planned:
+    if run.complete + run.diverged < run.planned:
         progress.say(
             f"{run.name} is unfinished: {run.complete} of {run.planned} configurations; the same "
             f"command goes on from there: {runs.command(run)}"
@@ -137,7 +147,8 @@ def main(argv):
         if FLAGS.format == "csv":
             files = write_csv(directories)
         else:
-            files = write_all(directories, FLAGS.output, FLAGS.figures, FLAGS.html)
+            given = FLAGS.output, FLAGS.figures, FLAGS.html, FLAGS.experiments
+            files = write_all(directories, *given)
         for file in files:
             print(file)
     except ValueError as error:

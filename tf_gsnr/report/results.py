@@ -128,7 +128,9 @@ def _section(run, claims, figures):
 def _finding(run, claims):
     """What a run found: how many claims hold, and each in a sentence."""
     text = count(claims) if claims else "No claim of the paper is tested here."
-    if run.complete < run.planned:
+    if run.diverged:
+        text += f" {run.diverged} of {run.planned} configurations diverged and are not shown."
+    if run.complete + run.diverged < run.planned:
         text += f" Unfinished: {run.complete} of {run.planned} configurations are complete."
     points = [
         (

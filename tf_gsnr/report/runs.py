@@ -48,6 +48,11 @@ class Run(NamedTuple):
     def planned(self) -> int:
         return len(self.plan["configurations"])
 
+    @property
+    def diverged(self) -> int:
+        """How many of them diverged, and will have no more records."""
+        return sum(len(records.read_diverged(part.path)) for part in self.parts)
+
 
 def directories(paths) -> list[Path]:
     """The run directories in those named, each a run or one that holds runs, of either kind.
@@ -135,6 +140,8 @@ def read(path) -> Run:
             f"{path}: no plan.json: an earlier version wrote this run; the same command again "
             "writes it, and runs nothing that is complete"
         ) from None
+    records.check_grid(path, found, plan)
+    found = records.without(records.read_diverged(path), found)
     name = re.sub(r"-\d+of\d+$", "", path.resolve().name)  # of a shard, the whole's
     part = Part(path, config, _complete(plan, found))
     return Run(name, experiment, settings, found, plan, (part,))

@@ -30,6 +30,7 @@ from tf_gsnr.experiments.dynamics.settings import (
     Settings,
     work_until,
 )
+from tf_gsnr.experiments.framework.experiment import Diverged
 from tf_gsnr.gradients import recalibration
 from tf_gsnr.gradients.measure import gradient_moments
 
@@ -137,7 +138,7 @@ def _build(name, settings, workbench):
         )
         history = model.fit(x, y, size, shuffle=False, callbacks=[step], verbose=0).history
         if not np.isfinite(history["loss"][0]):
-            raise ValueError(
+            raise Diverged(
                 f"the training loss of {name} is {history['loss'][0]}: it diverged (a smaller "
                 f"--learning_rate than {settings.learning_rate}?)"
             )

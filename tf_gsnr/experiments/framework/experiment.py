@@ -59,6 +59,10 @@ class Experiment(Figure, Protocol):
         ...
 
 
+class Diverged(ValueError):
+    """A configuration's training diverged; the message says where. It ends, the others run."""
+
+
 PARTS = tuple(
     dict.fromkeys(
         name

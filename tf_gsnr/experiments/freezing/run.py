@@ -19,6 +19,7 @@ import tensorflow as tf
 from tf_gsnr import arrays, metrics, models
 from tf_gsnr.descent import single
 from tf_gsnr.descent.microbatches import of_data
+from tf_gsnr.experiments.framework.experiment import Diverged
 from tf_gsnr.experiments.framework.statistics import pearson
 from tf_gsnr.experiments.freezing.settings import Settings, epochs
 
@@ -44,7 +45,7 @@ def run(configuration: dict, settings: Settings, workbench) -> Iterator[dict]:
             )
             last_loss = float(loss)
             if not np.isfinite(last_loss):
-                raise ValueError(
+                raise Diverged(
                     f"the training loss is {last_loss} before step {epoch} ({text}): the descent "
                     "diverged (a smaller --learning_rate?)"
                 )

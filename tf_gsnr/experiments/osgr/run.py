@@ -27,6 +27,7 @@ import tensorflow as tf
 
 from tf_gsnr import data, models
 from tf_gsnr.descent import devices, ensemble, microbatches, single
+from tf_gsnr.experiments.framework.experiment import Diverged
 from tf_gsnr.experiments.osgr import one_step
 from tf_gsnr.experiments.osgr.settings import Settings, set_work
 
@@ -235,7 +236,7 @@ def _check_losses(state, epoch, losses):
     for r, loss in enumerate(losses):
         if not np.isfinite(loss):
             c = ", ".join(f"{k}={v}" for k, v in state.configuration.items())
-            raise ValueError(
+            raise Diverged(
                 f"the training loss is {loss} at epoch {epoch} of training set "
                 f"{state.t + r + 1} ({c}): the descent diverged (a smaller --learning_rate?) or "
                 "the data hold NaN"

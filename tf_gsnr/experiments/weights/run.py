@@ -30,6 +30,7 @@ import tensorflow as tf
 from tf_gsnr import models
 from tf_gsnr.descent import single
 from tf_gsnr.descent.microbatches import of_data
+from tf_gsnr.experiments.framework.experiment import Diverged
 from tf_gsnr.experiments.weights import gradient_change
 from tf_gsnr.experiments.weights.feature_term import feature_terms
 from tf_gsnr.experiments.weights.settings import (
@@ -73,7 +74,7 @@ def run(configuration: dict, settings: Settings, workbench) -> Iterator[dict]:
             saved = time.monotonic()
         changes = tf.nest.map_structure(np.asarray, network.changes(microbatches))
         if not np.isfinite(changes.loss):
-            raise ValueError(
+            raise Diverged(
                 f"the training loss is {changes.loss} at epoch {epoch} (seed={seed}): the descent "
                 "diverged (a smaller --learning_rate?) or the data hold NaN"
             )
