@@ -305,6 +305,10 @@ def test_refuses_a_probe_set_that_does_not_fit():
         fit(classifier(), tf_gsnr.GSNRCallback(X, LABELS[:3]))
     with pytest.raises(ValueError, match="label of example"):
         fit(classifier(), tf_gsnr.GSNRCallback(X, LABELS + 2))
+    wrong = np.array(X)
+    wrong[40] = np.nan  # beyond the first micro-batch
+    with pytest.raises(ValueError, match="the loss of example 40 is not finite"):
+        fit(classifier(), tf_gsnr.GSNRCallback(wrong, LABELS, batch_size=16))
 
 
 def test_schedules_refuse():
@@ -313,3 +317,43 @@ def test_schedules_refuse():
             make(0)
     with pytest.raises(ValueError, match="integers from 0"):
         schedule.listed([-1])
+
+
+def test_a_training_that_diverges_goes_on_as_it_would_have(caplog, tmp_path):
+    model = classifier(keras.optimizers.SGD(1e30))
+    callback = tf_gsnr.GSNRCallback(
+        X, LABELS, test_data=(X_TEST, LABELS_TEST), run_dir=tmp_path / "run"
+    )
+    with caplog.at_level("WARNING", logger="absl"):
+        history = fit(model, callback)
+    assert len(history["loss"]) == 3 and math.isnan(history["gsnr/mean"][-1])
+    assert any("not finite" in r.getMessage() for r in caplog.records)
+    assert [r["step"] for r in records.read_records(tmp_path / "run")] == [0]
+    assert (tmp_path / "run" / "page.html").exists()
+
+
+def test_a_model_that_fit_builds_is_measured_as_soon_as_it_is_built():
+    model = keras.Sequential([keras.layers.Dense(3)])
+    model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    callback = tf_gsnr.GSNRCallback(X, LABELS, every_steps=5)
+    fit(model, callback)
+    assert callback.history["step"].tolist() == [1, 5, 10]
+
+
+def test_a_run_directory_with_data_sets(tmp_path):
+    def batches(*data):
+        return tf.data.Dataset.from_tensor_slices(data).batch(16)
+
+    train, test = batches(X, LABELS), batches(X_TEST, LABELS_TEST)
+    callback = tf_gsnr.GSNRCallback(train, test_data=test, run_dir=tmp_path / "run")
+    model = classifier()
+    model.fit(train, epochs=2, verbose=0, callbacks=[callback])
+    arrays = tf_gsnr.GSNRCallback(X, LABELS, test_data=(X_TEST, LABELS_TEST))
+    again = classifier()
+    again.fit(train, epochs=2, verbose=0, callbacks=[arrays])
+    rows = records.read_records(tmp_path / "run")
+    assert [r["step"] for r in rows] == [0, 4, 8]
+    for name in ("gsnr_plain/mean", "loss", "gap", "osgr_measured"):
+        np.testing.assert_allclose(
+            [r.get(name, np.nan) for r in rows], arrays.history[name], rtol=1e-4, atol=1e-6
+        )

@@ -430,6 +430,10 @@ def check_labels(model, y, start, error):
             ) from error
 
 
+class NotFinite(ValueError):
+    """A loss or a gradient is NaN or infinite; the message says of which example."""
+
+
 def check_finite(model, moments, bad: int):
     """Raises ValueError unless all losses and gradients are finite.
 
@@ -438,13 +442,13 @@ def check_finite(model, moments, bad: int):
       bad: the first example whose loss is not finite, or -1.
     """
     if bad >= 0:
-        raise ValueError(
+        raise NotFinite(
             f"the loss of example {bad} is not finite: look for NaN or inf in x, y or "
             "sample_weight there, for labels outside the classes, or for weights that diverged"
         )
     for variable, mean, m2 in zip(model.trainable_variables, moments.mean, moments.m2):
         if not (np.isfinite(mean).all() and np.isfinite(m2).all()):
-            raise ValueError(
+            raise NotFinite(
                 f"the gradient of {variable.path} is not finite, though every loss is: look for a "
                 "function without derivative at its input (sqrt or log at 0), or scale the loss"
             )

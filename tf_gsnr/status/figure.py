@@ -127,11 +127,16 @@ def _line(axis, x, numbers, name, label, colour, error=None, **looks):
         axis.fill_between(x, y - 2 * se, y + 2 * se, color=colour, alpha=0.18, linewidth=0)
 
 
+def _legend(axis, **looks):
+    if axis.get_legend_handles_labels()[0]:
+        axis.legend(**looks)
+
+
 def _losses(axis, x, numbers):
     axis.set_title("loss")
     _line(axis, x, numbers, "loss", "training", "C0")
     _line(axis, x, numbers, "test_loss", "test", "C1")
-    axis.legend()
+    _legend(axis)
 
 
 def _gap(axis, x, numbers):
@@ -139,7 +144,7 @@ def _gap(axis, x, numbers):
     axis.axhline(0, color="grey", linewidth=0.8, linestyle=":")
     _line(axis, x, numbers, "gap", "measured", "C1", "gap_se")
     _line(axis, x, numbers, "gap_predicted", "first-order theory (14)", "C0", linestyle="--")
-    axis.legend()
+    _legend(axis)
 
 
 def _osgr(axis, x, numbers):
@@ -152,7 +157,7 @@ def _osgr(axis, x, numbers):
     known = known[np.isfinite(known)]
     if known.size:
         axis.set_ylim(max(-1, min(0, known.min()) - 0.05), min(2, max(1, known.max()) + 0.05))
-    axis.legend()
+    _legend(axis)
 
 
 def _gsnr(axis, x, numbers):
@@ -162,7 +167,7 @@ def _gsnr(axis, x, numbers):
     _line(axis, x, numbers, "gsnr/mean", "mean", "C0")
     _line(axis, x, numbers, "gsnr/median", "median", "C2", linewidth=1)
     _line(axis, x, numbers, "gsnr/least", "least that can be told", "grey", linestyle=":")
-    axis.legend()
+    _legend(axis)
 
 
 def _noise(axis, x, numbers):
@@ -170,7 +175,7 @@ def _noise(axis, x, numbers):
     _log(axis, [numbers["noise_scale"]])
     _line(axis, x, numbers, "noise_scale", "noise scale", "C3")
     _line(axis, x, numbers, "batch_size", "batch size", "grey", linestyle=":")
-    axis.legend()
+    _legend(axis)
 
 
 def _layers(figure, axis, x, layers, x_name):
@@ -180,7 +185,7 @@ def _layers(figure, axis, x, layers, x_name):
         _log(axis, list(layers.values()))
         for k, (path, values) in enumerate(layers.items()):
             _line(axis, x, {path: values}, path, path.rpartition("/")[2], f"C{k % 10}")
-        axis.legend(fontsize="small")
+        _legend(axis, fontsize="small")
         axis.grid(alpha=0.25)
         return
     values = np.array(list(layers.values()))

@@ -9,6 +9,7 @@ import math
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 from absl import logging
 
@@ -166,6 +167,7 @@ class GSNRCallback(keras.callbacks.Callback):
         self._latest = {}  # what the logs show
         self._untold = {}  # by reason, which columns of the epoch's last measurement are NaN
         self._decreases = []  # of the losses of (test, probe) examples in this epoch's steps
+        self._owed = False  # whether a measurement is due
         self._pending = None  # the row of a measurement whose step is not yet made
         self._kept = None  # the GSNR of its parameters, for the records
         self._growth = 0.0  # predicted, per step
@@ -231,7 +233,8 @@ class GSNRCallback(keras.callbacks.Callback):
 
     def on_train_batch_begin(self, batch, logs=None):
         first = self._due_step is _never and not self._rows and self._wants_start()
-        if self._due_step(self._steps) or first:
+        self._owed |= first or bool(self._due_step(self._steps))
+        if self._owed and self.model.built:  # else as soon as it is
             self._measure()
         self._batch = batch
 
@@ -269,12 +272,21 @@ class GSNRCallback(keras.callbacks.Callback):
     def _measure(self):
         """Measures at the parameters as they are; the row waits for the next step, if it is due."""
         self._write_pending()
+        self._owed = False
         try:
             self.moments = measure.gradient_moments(self.model, self._x, self._y, **self._options)
         except tf.errors.InvalidArgumentError as error:
             raise ValueError(
                 f"the probe set does not fit model {self.model.name!r}: {error.message}"
             ) from error
+        except data.NotFinite as error:
+            weights = self.model.trainable_variables
+            if not self._rows and all(np.isfinite(v.numpy()).all() for v in weights):
+                raise  # it is the probe set's
+            # The training diverged, and goes on as it would have.
+            self._latest = dict.fromkeys(self._latest, math.nan)
+            self._untold = {str(error): list(self._latest)}
+            return
         ratios = metrics.gsnr(self.moments)
         row = {
             "step": self.step,

@@ -281,7 +281,8 @@ def steps_made(model) -> int:
 def digest(data) -> str:
     """A few letters that differ where the data differ, of their shapes and 32 of their rows."""
     sha = hashlib.sha1(usedforsecurity=False)
-    for leaf in tf.nest.flatten(getattr(data, "batches", data)):
+    batches = [getattr(leaf, "batches", leaf) for leaf in tf.nest.flatten(data)]
+    for leaf in tf.nest.flatten(batches):
         if leaf is None:
             continue
         array = np.asarray(leaf)
