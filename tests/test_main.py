@@ -47,6 +47,15 @@ def test_a_dry_run_tells_and_writes_nothing(tmp_path, capsys):
     assert "0 are left" in text and "for what is left" not in text
 
 
+def test_a_dry_run_downloads_nothing_and_waits_for_nobody(tmp_path, capsys):
+    flags = ["--experiment=osgr", "--dataset=mnist", f"--data_dir={tmp_path}", "--dry_run"]
+    text, code = go(tmp_path, *flags, capsys=capsys)
+    assert code == program.USAGE and "--dry_run downloads nothing" in text
+    text, code = go(tmp_path, *TOY, "--n=20", "--dry_run", "--strategy=multi_worker", capsys=capsys)
+    assert code == 0 and "on one device" in text
+    assert not (tmp_path / "runs").exists() and not list(tmp_path.glob("mnist/*"))
+
+
 @pytest.mark.parametrize("experiment", experiments.EXPERIMENTS)
 def test_every_experiment_can_be_tried(experiment, monkeypatch):
     monkeypatch.setattr(trial, "SECONDS", 0.2)

@@ -42,7 +42,7 @@ class Source(NamedTuple):
     draw_labels: Callable
 
 
-def load(name: str, data_dir: str | None = None, **options) -> Source:
+def load(name: str, data_dir: str | None = None, download: bool = True, **options) -> Source:
     """Opens a data set.
 
     Args:
@@ -51,6 +51,7 @@ def load(name: str, data_dir: str | None = None, **options) -> Source:
         own (see `from_function`).
       data_dir: where TFDS keeps its data; None for its own default. Missing data are downloaded. A
         function of your own is given it as it is.
+      download: whether data of TFDS that are missing are downloaded; else it is an error.
       **options: of `toy`.
 
     Raises:
@@ -66,7 +67,9 @@ def load(name: str, data_dir: str | None = None, **options) -> Source:
     """
     if name == "toy":
         return toy(**options)
-    return (from_function if lookup.is_reference(name) else from_tfds)(name, data_dir)
+    if lookup.is_reference(name):
+        return from_function(name, data_dir)
+    return from_tfds(name, data_dir, download)
 
 
 def randomise(y, probability: float, source: Source, rng: np.random.Generator):
@@ -237,9 +240,9 @@ def from_function(reference: str, data_dir: str | None = None) -> Source:
     return from_arrays((train_x, train_y), (test_x, test_y), name=f"--dataset={reference}")
 
 
-def from_tfds(name: str, data_dir: str | None = None) -> Source:
+def from_tfds(name: str, data_dir: str | None = None, download: bool = True) -> Source:
     """An image-classification data set of TensorFlow Datasets; pixels are scaled to 0..1."""
-    train, test, classes = _read_tfds(name, data_dir)
+    train, test, classes = _read_tfds(name, data_dir, download)
     return from_arrays(train, test, name=name, classes=classes)
 
 
@@ -260,7 +263,7 @@ def _has_network(seconds: float = 10) -> bool:
     return answer.is_set() or bool(urllib.request.getproxies())
 
 
-def _read_tfds(name, data_dir):
+def _read_tfds(name, data_dir, download):
     import tensorflow as tf
     import tensorflow_datasets as tfds  # slow to import, and the toy data do without
 
@@ -282,6 +285,11 @@ def _read_tfds(name, data_dir):
             + "; expected an image, of one size for all examples, and a label"
         )
     there = builder.is_prepared()
+    if not there and not download:
+        raise ValueError(
+            f"dataset {name!r} is not in data_dir={str(builder.data_dir)!r}, and --dry_run "
+            "downloads nothing"
+        )
     if not there:
         progress.say(f"{name} is not in {builder.data_dir}: downloading it")
     retries = logging.getLogger("urllib3")

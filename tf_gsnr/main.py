@@ -237,7 +237,7 @@ def _strategy(experiment):
     """The strategy of the flag, or None."""
     from tf_gsnr.descent import devices
 
-    if FLAGS.strategy == "none":
+    if FLAGS.strategy == "none" or FLAGS.dry_run:  # which waits for no other process
         return None
     if FLAGS.replicas is not None:
         raise ValueError(
@@ -320,7 +320,7 @@ def plan(argv) -> Plan:
     suffix += f"-worker{worker}" if worker else ""
     if not configurations[part]:
         raise ValueError(f"--shard={FLAGS.shard}: there are {len(configurations)} configurations")
-    source = data.load(settings.dataset, FLAGS.data_dir, **_of_toy(settings))
+    source = data.load(settings.dataset, FLAGS.data_dir, not FLAGS.dry_run, **_of_toy(settings))
     _check_size(settings, source)
     check = getattr(experiment, "check", None)
     if check is not None:
@@ -406,6 +406,8 @@ def _tell(planned: Plan):
     print(f"  {len(planned.chosen) - len(left)} configurations are complete, {len(left)} are left")
     if not left:
         return
+    if FLAGS.strategy != "none":
+        print(f"  on one device; --strategy={FLAGS.strategy} shares the work out")
     print("a few seconds of the largest one:")
     told = trial.estimate(planned.experiment, planned.settings, left, planned.source, **planned.how)
     print(f"  {', '.join(f'{k}={v}' for k, v in told.configuration.items())}")
