@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:  # what an editor and a type checker see
+    from tf_gsnr.columns import read as read
     from tf_gsnr.gradients.diagnosis import check_engine as check_engine
     from tf_gsnr.gradients.diagnosis import explain as explain
     from tf_gsnr.gradients.layerwise.rules import register_rule as register_rule
@@ -25,7 +26,6 @@ if TYPE_CHECKING:  # what an editor and a type checker see
     from tf_gsnr.metrics import same_sign as same_sign
     from tf_gsnr.metrics import summarize as summarize
     from tf_gsnr.moments import Moments as Moments
-    from tf_gsnr.records import read as read
     from tf_gsnr.status.figure import plot as plot
     from tf_gsnr.status.page import page as page
     from tf_gsnr.training.bar import ProgressBar as ProgressBar
@@ -55,7 +55,7 @@ _HOMES = {
     "ProgressBar": "tf_gsnr.training.bar",
     "page": "tf_gsnr.status.page",
     "plot": "tf_gsnr.status.figure",
-    "read": "tf_gsnr.records",
+    "read": "tf_gsnr.columns",
     "write_tensorboard": "tf_gsnr.training.tensorboard",
 }
 

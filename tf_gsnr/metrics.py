@@ -87,9 +87,15 @@ def mean_told_from_zero(ratio, bound, examples, steps):
     Args:
       ratio: the mean.
     """
+    return ratio > least_mean(bound, examples, steps)
+
+
+def least_mean(bound, examples, steps):
+    """The least mean of r_j that `mean_told_from_zero` takes; infinite where v <= 0."""
     freedom = examples - steps - 2
+    xp = arrays.namespace(bound)
     bias = arrays.divide(2 + 0 * freedom, freedom, np.inf)
-    return (freedom > 0) & (ratio * examples / steps > bound + bias)
+    return xp.where(freedom > 0, (bound + bias) * steps / examples, np.inf)
 
 
 def why_not_told(examples: int, steps: int) -> str:
@@ -231,7 +237,7 @@ def osgr(moments: Moments, examples: int | None = None, bias_corrected: bool = T
     return arrays.scalar(_where(told, signal, signal + trace / n))
 
 
-def signal_se(moments: Moments) -> float:
+def signal_se(signal, trace, diagonal, n) -> float:
     """Standard error of the unbiased estimate |g|^2 - tr / n of |G|^2, about.
 
         se^2 = 2 tr^2 / (r n^2) + 4 |G|^2 tr / (r n)
@@ -239,21 +245,23 @@ def signal_se(moments: Moments) -> float:
     It is that of gradients that vary alike in r directions, the mean gradient's among them; r is
     the number that `told_from_zero` takes. So it is rather too large: on networks for MNIST 1.1 to
     3.7 times the spread over 40 probe sets drawn anew, 1.1 to 1.8 times after the first epoch.
+
+    Args:
+      signal: the estimate.
+      trace, diagonal: tr and sum_j s2_j^2.
+      n: examples.
     """
-    _check_count(moments)
-    variances = arrays.wide(moments.variance(1))
-    trace, diagonal = _total(variances), _total([v**2 for v in variances])
     r = arrays.divide(trace**2, max(diagonal, trace**2 / DIRECTIONS), 1)
-    n = float(moments.count)
-    signal = max(_squared_norm(moments) - trace / n, 0)
-    return float(np.sqrt(2 * trace**2 / (r * n**2) + 4 * signal * trace / (r * n)))
+    return float(np.sqrt(2 * trace**2 / (r * n**2) + 4 * max(signal, 0) * trace / (r * n)))
 
 
-def osgr_se(moments: Moments, examples: int | None = None) -> float:
-    """Standard error of `osgr`, from that of |G|^2; NaN where `osgr` is."""
-    signal, trace, told = _sums(moments)
-    noise = trace / (float(moments.count) if examples is None else examples)
-    return float(signal_se(moments) * noise / (signal + noise) ** 2) if told else float("nan")
+def osgr_se(signal, noise, se) -> float:
+    """Standard error of `osgr`, S / (S + V / N), from that of S.
+
+    Args:
+      signal, noise, se: S, V / N, and the error of S.
+    """
+    return float(se * noise / (signal + noise) ** 2)
 
 
 def gradient_diversity(moments: Moments):
@@ -492,8 +500,8 @@ def why_nan(moments: Moments, model, record: dict) -> dict:
     for name, value in record.items():
         shown = name.startswith("gsnr/") or name in ("noise_scale", "osgr_predicted")
         if shown and np.isnan(value):
-            told_by_more = varies.get(name, anything)
-            why = why_not_told(int(moments.count), 1) if told_by_more else NOTHING_VARIES
+            varies_there = varies.get(name, anything)
+            why = why_not_told(int(moments.count), 1) if varies_there else NOTHING_VARIES
             reasons.setdefault(why, []).append(name)
     return reasons
 

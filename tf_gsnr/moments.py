@@ -59,7 +59,7 @@ class Moments(NamedTuple):
 
     def _repr_html_(self) -> str:
         """For a notebook."""
-        return f"<b>Moments</b> of {', '.join(self._about())}"
+        return repr(self).replace("Moments", "<b>Moments</b>", 1)
 
     def _about(self) -> list:
         count = int(self.count)

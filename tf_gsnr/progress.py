@@ -90,3 +90,14 @@ def clock(seconds: float) -> str:
     hours, rest = divmod(int(seconds + 0.5), 3600)
     minutes, seconds = divmod(rest, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
+def duration(seconds: float) -> str:
+    """
+    >>> duration(452.3), duration(9_000), duration(0.4)
+    ('7 min 32 s', '2 h 30 min', '0 s')
+    """
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes >= 60:
+        return f"{minutes // 60} h {minutes % 60} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"

@@ -18,8 +18,6 @@ every other file is replaced by renaming.
 
 from __future__ import annotations
 
-import csv
-import importlib.util
 import json
 import math
 import os
@@ -84,8 +82,9 @@ class RunDirectory:
 
     def _check_ours(self):
         """Refuses a directory that no run made; one that was stopped while it was made will do."""
-        there = {p.name for p in self.path.iterdir()} if self.path.exists() else set()
-        if there - UNFINISHED and not _is_ours(self.path):
+        there = [p.name for p in self.path.iterdir()] if self.path.exists() else []
+        made = [name in UNFINISHED or name.endswith(".partial") for name in there]
+        if not all(made) and not _is_ours(self.path):
             raise ValueError(
                 f"{self.path} is not empty and holds no run of this program; choose another "
                 f"{self._another}"
@@ -119,7 +118,7 @@ class RunDirectory:
             text = file.read_bytes()
             complete = text[: text.rfind(b"\n") + 1]
             if complete != text:
-                _replace(file, complete)
+                replace(file, complete)
 
     def write_config(self, environment: dict):
         """Writes config.json: the settings and what they ran on; the time taken so far is kept."""
@@ -144,7 +143,7 @@ class RunDirectory:
           grid: the settings that are lists the run goes through.
         """
         plan = {"configurations": configurations, "epochs": list(epochs), "grid": list(grid)}
-        _replace(self.path / "plan.json", (json.dumps(_jsonable(plan)) + "\n").encode())
+        replace(self.path / "plan.json", (json.dumps(_jsonable(plan)) + "\n").encode())
 
     def append(self, record: dict):
         """Appends one record to records.jsonl and flushes it to the disk."""
@@ -159,7 +158,7 @@ class RunDirectory:
     def replace_records(self, rows: list[dict]):
         """Has these records and no others."""
         text = "".join(json.dumps(_jsonable(row)) + "\n" for row in rows)
-        _replace(self.path / "records.jsonl", text.encode())
+        replace(self.path / "records.jsonl", text.encode())
 
     def note_divergence(self, configuration: dict, why: str):
         """Adds a configuration to diverged.json, which says what is not tried again."""
@@ -172,7 +171,7 @@ class RunDirectory:
 
     def write_text(self, name: str, text: str):
         """Replaces a file of the directory by this text, all at once."""
-        _replace(self.path / name, text.encode("utf-8", "replace"))
+        replace(self.path / name, text.encode("utf-8", "replace"))
 
     def write_arrays(self, name: str, arrays: dict):
         """Replaces an .npz file of the directory, all at once."""
@@ -239,75 +238,6 @@ def _is_ours(path: Path) -> bool:
         return {"settings", "seconds"} <= set(read_config(path))
     except (OSError, TypeError, ValueError):
         return False
-
-
-def read(run_dir, frame: bool | None = None):
-    """The records of a run, or of a training with `run_dir=`, as columns.
-
-    Args:
-      run_dir: the directory that holds records.jsonl.
-      frame: whether as a pandas DataFrame; default: where pandas is installed.
-
-    Returns:
-      A DataFrame with a row per record; or `{name: array}`, `[records]` each: float64, and object
-      where there are texts. What a record has not is NaN.
-
-    Raises:
-      ValueError: there are no records; the message names the file.
-      ImportError: `frame=True` without pandas.
-
-    Example:
-
-    >>> import tempfile
-    >>> with tempfile.TemporaryDirectory() as run_dir:
-    ...     directory = RunDirectory(run_dir + "/run", {"experiment": "mine"})
-    ...     directory.append({"step": 0, "gsnr/mean": 0.5})
-    ...     directory.append({"step": 8, "gsnr/mean": 0.25})
-    ...     columns = read(directory.path, frame=False)
-    >>> columns["gsnr/mean"].tolist()
-    [0.5, 0.25]
-    """
-    rows = read_records(run_dir)
-    if not rows:
-        raise ValueError(f"run_dir={str(run_dir)!r}: there is no record in records.jsonl")
-    table = columns(rows)
-    if frame is None:
-        frame = importlib.util.find_spec("pandas") is not None
-    if not frame:
-        return table
-    import pandas  # optional
-
-    return pandas.DataFrame(table)
-
-
-def columns(rows: list[dict]) -> dict:
-    """Records as `{name: array}`, in the order in which the names first come."""
-    names = dict.fromkeys(name for row in rows for name in row)
-    table = {}
-    for name in names:
-        values = [row.get(name, math.nan) for row in rows]
-        plain = all(isinstance(v, (int, float)) for v in values)
-        table[name] = np.array(values, np.float64 if plain else object)
-    return table
-
-
-def write_csv(run_dir) -> Path:
-    """Writes the records of a run as records.csv beside them; what is not known is empty."""
-    table = read(run_dir, frame=False)
-    file = Path(run_dir) / "records.csv"
-    with open(file, "w", newline="", encoding="utf-8") as opened:
-        writer = csv.writer(opened)
-        writer.writerow(table)
-        for row in zip(*table.values()):
-            writer.writerow(map(_cell, row))
-    return file
-
-
-def _cell(value):
-    if value != value:
-        return ""
-    whole = isinstance(value, float) and value.is_integer() and abs(value) < 1e15
-    return int(value) if whole else value
 
 
 def read_config(path) -> dict:
@@ -395,17 +325,13 @@ def _read_line(file, number, line) -> dict:
     return {k: math.nan if v is None else v for k, v in record.items()}
 
 
-UNFINISHED = {  # what a run leaves that was stopped before it had a configuration
-    lock.NAME,
-    "config.json.partial",
-    "plan.json.partial",
-    "figures",
-}
+UNFINISHED = {lock.NAME, "figures"}  # of a run that was stopped before it had a configuration
 _REST = "values"  # of a checkpoint, what is no array
 
 
-def _replace(file: Path, content: bytes):
-    partial = file.with_name(file.name + ".partial")
+def replace(file: Path, content: bytes):
+    """Puts a file in the place of another, all at once, so that a reader sees one or the other."""
+    partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
     partial.write_bytes(content)
     _sync(partial)
     os.replace(partial, file)

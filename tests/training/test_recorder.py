@@ -261,3 +261,29 @@ def test_bad_names_for_the_bar_are_refused():
             ProgressBar(wrong)
     with pytest.raises(ValueError, match="overwrite='yes'"):
         tf_gsnr.GSNRModel(network(), run_dir="x", overwrite="yes")
+
+
+def test_what_is_continued_keeps_its_first_histogram_and_its_time(tmp_path):
+    run = tmp_path / "run"
+    model = recorded(run)
+    fit(model, 1)
+    seconds = records.read_config(run)["seconds"]
+    assert seconds > 0
+    model.save(tmp_path / "model.keras")
+    first = json.loads((run / "histograms.json").read_text())["first"]
+    loaded = tf_gsnr.GSNRModel(keras.saving.load_model(tmp_path / "model.keras"), run_dir=run)
+    fit(loaded, 2, initial_epoch=1)
+    histograms = json.loads((run / "histograms.json").read_text())
+    assert histograms["first"] == first and histograms["last"]["step"] == 12
+    assert records.read_config(run)["seconds"] > seconds
+
+
+def test_a_directory_that_is_refused_is_refused_after_one_step(tmp_path):
+    run, steps = tmp_path / "run", []
+    fit(recorded(run))
+    count = keras.callbacks.LambdaCallback(
+        on_train_batch_end=lambda batch, logs: steps.append(batch)
+    )
+    with pytest.raises(ValueError, match="begins at step 0"):
+        fit(recorded(run), 3, count)
+    assert len(steps) <= 1

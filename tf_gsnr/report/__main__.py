@@ -27,7 +27,7 @@ os.environ.setdefault("MPLBACKEND", "Agg")  # figures go into files
 
 from absl import app, flags  # noqa: E402
 
-from tf_gsnr import experiments, progress, records, status  # noqa: E402
+from tf_gsnr import columns, experiments, progress, status  # noqa: E402
 from tf_gsnr.report import document, results, runs  # noqa: E402
 
 FLAGS = flags.FLAGS
@@ -66,7 +66,7 @@ def write_all(directories, *arguments) -> list[Path]:
 
 def write_csv(directories) -> list[Path]:
     """records.csv in each run directory; returns these files."""
-    return [records.write_csv(path) for path in runs.directories(directories)]
+    return [columns.write_csv(path) for path in runs.directories(directories)]
 
 
 def write(directories, output=None, figures=None, html=None, modules=()) -> list[Path]:

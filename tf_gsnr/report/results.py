@@ -7,7 +7,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from tf_gsnr import experiments, plots
+from tf_gsnr import experiments, plots, progress
 from tf_gsnr.plots.claims import FAILS, HOLDS, PARTLY
 from tf_gsnr.report.document import (
     Badge,
@@ -170,7 +170,7 @@ def _machines(run):
         (
             Code(part.path.resolve().name),
             f"{part.complete} of {run.planned}",
-            _duration(part.config["seconds"]),
+            progress.duration(part.config["seconds"]),
             _device(part.config),
             f"{part.config['engine']}, XLA {'on' if part.config['jit_compile'] else 'off'}",
             ", ".join(f"{k} {v}" for k, v in part.config["versions"].items()),
@@ -185,17 +185,6 @@ def _device(config):
     accelerators = [d for d in config["devices"] if d != "CPU"]
     processor = f"{config['cpus']} cores of {config['processor']}"
     return ", ".join([*accelerators, processor])
-
-
-def _duration(seconds) -> str:
-    """
-    >>> _duration(452.3), _duration(9_000), _duration(0.4)
-    ('7 min 32 s', '2 h 30 min', '0 s')
-    """
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes >= 60:
-        return f"{minutes // 60} h {minutes % 60} min"
-    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
 def _text(value) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tf_gsnr.status.page import compact, page, write_page
+from tf_gsnr.status.page import compact, page
 from tf_gsnr.status.training import is_training
 
-__all__ = ["compact", "is_training", "page", "write_page"]
+__all__ = ["compact", "is_training", "page"]

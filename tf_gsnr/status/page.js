@@ -46,7 +46,6 @@ function scale(low, high, from, to, log) {
   const a = f(low), b = f(high);
   const map = (v) => from + ((f(v) - a) / (b - a || 1)) * (to - from);
   map.ticks = log ? logTicks(low, high) : ticks(low, high);
-  map.low = low; map.high = high; map.log = log;
   return map;
 }
 
@@ -172,7 +171,7 @@ function lineChart(spec) {
     const margin = { left: 52, right: 12, top: 8, bottom: 34 };
     const xs = known(series.flatMap((s) => s.x));
     const ys = series.flatMap((s) => s.y).filter(usable);
-    const levels = (spec.lines || []).filter((l) => l.inside !== false).map((l) => l.y).filter(usable);
+    const levels = (spec.lines || []).map((l) => l.y).filter(usable);
     let [low, high] = range(ys, spec.clip);
     for (const line of spec.lines || []) if (line.ys) levels.push(...line.ys.filter((v) => usable(v) && v > low / 30 && v < high * 30));
     for (const v of levels) { low = Math.min(low, v); high = Math.max(high, v); }
@@ -192,7 +191,7 @@ function lineChart(spec) {
       svg.append(path(s.x, s.y, x, inside, usable, `stroke:${s.colour};stroke-width:${s.width || 1.8};stroke-dasharray:${s.dash || "none"};fill:none;stroke-linejoin:round`));
       s.y.forEach((v, i) => {
         const alone = !usable(s.y[i - 1]) && !usable(s.y[i + 1]);
-        if (usable(v) && (alone || s.x.length <= 40 && !spec.thin)) svg.append(drawn("circle", { cx: x(s.x[i]), cy: inside(v), r: alone ? 3 : 2.2, style: `fill:${s.colour}` }));
+        if (usable(v) && (alone || s.x.length <= 40)) svg.append(drawn("circle", { cx: x(s.x[i]), cy: inside(v), r: alone ? 3 : 2.2, style: `fill:${s.colour}` }));
       });
     }
     const cursor = drawn("line", { y1: margin.top, y2: height - margin.bottom, style: "stroke:var(--soft);visibility:hidden" });

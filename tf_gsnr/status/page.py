@@ -9,11 +9,11 @@ from __future__ import annotations
 import functools
 import html
 import json
-import os
 import time
 from importlib import resources
 from pathlib import Path
 
+from tf_gsnr import records
 from tf_gsnr.status import training as of_training
 from tf_gsnr.status import words
 
@@ -53,13 +53,8 @@ def page(run_dir, *more, output=None) -> Path:
         output = first / "page.html" if len(runs) == 1 else first.resolve().parent / "compare.html"
     output = Path(output)
     output.parent.mkdir(parents=True, exist_ok=True)
-    _replace(output, text_of(runs))
+    records.replace(output, text_of(runs).encode())
     return output
-
-
-def write_page(run_dir) -> Path:
-    """`page` of one training, where it is."""
-    return page(run_dir)
 
 
 def text_of(runs: list) -> str:
@@ -151,9 +146,3 @@ def _plain(runs) -> str:
             text = f"{tile.label}: {tile.value} {tile.error}. {tile.sentence}"
             lines.append(f"<p>{html.escape(text)}</p>")
     return "".join(lines) + "<p>The charts need JavaScript.</p>"
-
-
-def _replace(file: Path, text: str):
-    partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, file)

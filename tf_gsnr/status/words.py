@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from tf_gsnr import progress
 from tf_gsnr.status.training import Training
 
 MANY_DEAD = 0.5  # share of a layer's parameters without variance, from which it is named
@@ -37,7 +38,7 @@ def head(run: Training) -> list[tuple[str, str]]:
         ("test set", _count(settings.get("test_examples") or None)),
         ("measured by", _measured_by(settings)),
         ("steps", f"{_count(run.rows[-1]['step'])}" if run.rows else "0"),
-        ("time", _duration(run.last("seconds"))),
+        ("time", _time(run.last("seconds"))),
         ("started", config.get("started")),
         ("on", f"{config.get('cpus')} cores of {config.get('processor')}"),
     ]
@@ -52,6 +53,10 @@ def _optimiser(run):
     rate = run.settings.get("learning_rate") if math.isnan(rate) else rate
     name = run.settings.get("optimizer")
     return f"{name}, rate {number(rate)}" if isinstance(rate, (int, float)) else name
+
+
+def _time(seconds):
+    return progress.duration(seconds) if math.isfinite(seconds) else None
 
 
 def _measured_by(settings):
@@ -342,19 +347,6 @@ def number(value) -> str:
     if abs(value) >= 1000:
         return f"{value:,.0f}"
     return f"{value:.3g}"
-
-
-def _duration(seconds):
-    """
-    >>> _duration(4.2), _duration(452.3), _duration(9_000)
-    ('4 s', '7 min 32 s', '2 h 30 min')
-    """
-    if not math.isfinite(seconds):
-        return None
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes >= 60:
-        return f"{minutes // 60} h {minutes % 60} min"
-    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
 def when(seconds) -> str:

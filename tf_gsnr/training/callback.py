@@ -14,9 +14,9 @@ import tensorflow as tf
 from absl import logging
 
 from tf_gsnr import checks, keras_internals, metrics, shown
+from tf_gsnr.columns import columns
 from tf_gsnr.gradients import engines, losses, measure
 from tf_gsnr.gradients import examples as data
-from tf_gsnr.records import columns
 from tf_gsnr.training import gap, probe, recorder, rows, schedule, tensorboard
 from tf_gsnr.training.recorder import Recorder
 
@@ -260,12 +260,13 @@ class GSNRCallback(keras.callbacks.Callback):
         self._into(logs)
 
     def on_train_end(self, logs=None):
-        if self._recorder is not None and self._recorder.open:
-            if self._pending is None and (not self._rows or self._rows[-1]["step"] < self.step):
-                self._measure()
-            self._write_pending()
-            self._recorder.end("done")
+        recorded = self._recorder is not None and self._recorder.open
+        seen = bool(self._rows) and self._rows[-1]["step"] == self.step
+        if recorded and self._pending is None and not seen:
+            self._measure()  # the last step has a row
         self._write_pending()
+        if recorded:
+            self._recorder.end("done")
         if self._writer is not None:
             self._writer.flush()
 

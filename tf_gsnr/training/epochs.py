@@ -49,12 +49,9 @@ class RecordedEpochs(Epochs):
       measure_every: of the steps.
     """
 
-    async_safe = True  # at the end of a batch it looks at a clock, seldom at the meter
-
     def __init__(self, training, recorder, measure_every):
         super().__init__(training)
         self.recorder, self.every = recorder, measure_every
-        self._unfit = {}  # of state.json: what is not measured, and why
 
     def on_train_begin(self, logs=None):
         self._before = self._last = time.monotonic()
@@ -64,24 +61,23 @@ class RecordedEpochs(Epochs):
     def on_epoch_begin(self, epoch, logs=None):
         super().on_epoch_begin(epoch, logs)
         self._epoch = epoch
-        if self.training.meter is not None:
-            self._begin()
+        self._begin()
 
     def on_train_batch_end(self, batch, logs=None):
+        self._begin()  # as soon as there is a meter, so that what is refused is refused early
         now = time.monotonic()
         if now - self._last < max(ROW_SECONDS, ROW_SHARE * (now - self._before)):
             return
-        self._begin()
         self._row(logs or {})
 
     def on_epoch_end(self, epoch, logs=None):
         super().on_epoch_end(epoch, logs)
-        if self.training.meter is not None:
-            self._begin()
+        self._begin()
+        if self.recorder.running:
             self._row(logs or {})
 
     def _begin(self):
-        if self.recorder.running:
+        if self.recorder.running or self.training.meter is None:
             return
         model, plan = self.model, self.training.plan
         settings = recorder.about_training(
@@ -105,22 +101,24 @@ class RecordedEpochs(Epochs):
     def _row(self, logs):
         training, model = self.training, self.model
         self._last = time.monotonic()
+        reading = training.meter.reading()
         row = {
             "step": recorder.steps_made(model),
             "epoch": self._epoch,
             "learning_rate": recorder.learning_rate(model),
-            **rows.of_meter(training.meter),
+            **rows.of_meter(training.meter, reading),
             "examples": training.meter.known_examples(),
         }
         for name, here in (("loss", "loss"), ("val_loss", "test_loss")):
             if name in logs:
                 row[here] = float(logs[name])
+        variables, sample = model.trainable_variables, training.meter.sample
         unmeasured = {}
-        for path, indices in metrics.by_layer([v.path for v in model.trainable_variables]).items():
-            whys = [training.plan.unmeasured.get(id(model.trainable_variables[i])) for i in indices]
+        for path, indices in metrics.by_layer([v.path for v in variables]).items():
+            whys = [training.plan.unmeasured.get(id(variables[i])) for i in indices]
             if any(whys):
                 unmeasured[path] = next(filter(None, whys))
-        histograms = rows.histograms_of_meter(training.meter, model.trainable_variables)
+        histograms = rows.histograms_of_sample(reading.ratios, sample, variables)
         self.recorder.add(
             row, histograms, unmeasured=unmeasured, contributions=training.plan.contributions
         )

@@ -304,8 +304,7 @@ class GSNRMeter(keras.metrics.Metric):
         )
         least = error = np.nan
         if bound is not None and examples > steps + 2:
-            bias = 2 / (examples - steps - 2)
-            least = (float(bound[0]) + bias) * steps / examples
+            least = float(metrics.least_mean(float(bound[0]), examples, steps))
             error = float(bound[0]) / 2 * sums[TRACE, 0]
             if steps < metrics.STEPS:  # the bound is of no signal: what there is adds to the error
                 more = 4 * max(sums[SIGNAL, 0], 0) * sums[TRACE, 0] / steps / metrics.DIRECTIONS

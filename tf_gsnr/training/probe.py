@@ -8,9 +8,7 @@ from __future__ import annotations
 import numpy as np
 import tensorflow as tf
 
-from tf_gsnr import metrics
 from tf_gsnr.gradients import examples, losses
-from tf_gsnr.gradients.measure import gradient_moments
 from tf_gsnr.moments import Moments
 from tf_gsnr.training import gap
 from tf_gsnr.training.sample import Sample
@@ -45,12 +43,6 @@ def _fits(given, takes):
     elif len(given) == len(takes) + 1 and given[-1] == 1:
         given = given[:-1]
     return len(given) == len(takes) and all(None in (g, t) or g == t for g, t in zip(given, takes))
-
-
-def measure(model, x, y, **options) -> tuple[Moments, dict]:
-    """Moments of the probe set at the model's present parameters, and their flat record."""
-    moments = gradient_moments(model, x, y, **options)
-    return moments, metrics.summarize(moments, model)
 
 
 def loss_function(model, loss=None):

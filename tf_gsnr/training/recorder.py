@@ -29,7 +29,8 @@ from absl import logging
 
 from tf_gsnr import environment, metrics, status
 from tf_gsnr.gradients import diagnosis
-from tf_gsnr.records import RunDirectory
+from tf_gsnr.records import RunDirectory, read_config
+from tf_gsnr.status import training
 from tf_gsnr.training.rows import EDGES
 
 # Between a training and its continuation; Keras counts models that were given no name.
@@ -144,6 +145,7 @@ class Recorder:
             )
             directory.replace_records(kept)
         self._state["continued"] = step
+        self._first_histogram = training.read(self.path).histograms.get("first")
         return kept
 
     def add(self, row: dict, histograms: dict | None = None, **state):
@@ -175,23 +177,18 @@ class Recorder:
         names = {name.replace("/", "."): value for name, value in arrays.items()}
         self._try(self._directory.write_arrays, f"gsnr/step_{step:08d}.npz", names)
 
-    def end(self, state: str, **more):
+    def end(self, state: str):
         """Says that the training is "done" or "stopped"."""
         if not self.open:
             return
-        self._state |= more
         self._try(self._end, state)
         self._directory.release()
 
     def _end(self, state):
         self._write_state(state)
-        self._directory.write_config(self._config() | {"seconds": self.seconds})
+        config = read_config(self.path) | {"seconds": self.seconds}
+        self._directory.write_json("config.json", config)
         self._write_page(always=True)
-
-    def _config(self):
-        from tf_gsnr.records import read_config
-
-        return {k: v for k, v in read_config(self.path).items() if k != "settings"}
 
     @property
     def seconds(self) -> float:
@@ -205,7 +202,7 @@ class Recorder:
     def _write_page(self, always=False):
         begun = time.monotonic()
         if always or begun >= self._page_due:
-            status.write_page(self.path)
+            status.page(self.path)
             now = time.monotonic()
             self._page_due = now + (now - begun) / PAGE_SHARE
 
@@ -225,7 +222,7 @@ def _mark_stopped(directory, state):
         state |= {"state": "stopped", "written": time.time()}
         try:
             directory.write_json("state.json", state)
-            status.write_page(directory.path)
+            status.page(directory.path)
         except OSError:
             pass
 

@@ -50,17 +50,18 @@ def of_moments(moments: Moments, model, examples: int, ratios=None) -> dict:
     median, p95 = np.quantile(whole, [0.5, 0.95]) if whole.size else (np.nan, np.nan)
     hidden = np.isnan(shown[0])
     noise = sums.trace[0] / examples
+    se = metrics.signal_se(signal[0], sums.trace[0], sums.diagonal[0], n)
     row = {
         "count": int(moments.count),
         "loss": float(moments.loss),
         "gsnr/mean": shown[0],
         "gsnr/median": np.nan if hidden else median,
         "gsnr/p95": np.nan if hidden else p95,
-        "gsnr/least": (bound[0] + (2 / (n - 3) if n > 3 else np.inf)) / n,
+        "gsnr/least": metrics.least_mean(bound[0], n, 1),
         "gsnr_plain/mean": (means[0] + 1 / n) * n / (n - 1),  # rho2 = s2 (n - 1) / n
         "noise_scale": sums.trace[0] / signal[0] if told[0] else np.nan,
         "osgr_predicted": signal[0] / (signal[0] + noise) if told[0] else np.nan,
-        "osgr_predicted_se": metrics.osgr_se(moments, examples),
+        "osgr_predicted_se": metrics.osgr_se(signal[0], noise, se) if told[0] else np.nan,
         "parameters": int(sums.size[0]),
         "dead": int(sums.dead[0]),
     }
@@ -120,9 +121,8 @@ def _sums(moments, ratios, groups) -> _Sums:
     return _Sums(*np.array([table[list(group)].sum(axis=0) for group in groups]).T)
 
 
-def of_meter(meter) -> dict:
-    """The row of what a `GSNRMeter` has added up in `fit`."""
-    reading = meter.reading()
+def of_meter(meter, reading) -> dict:
+    """The row of what a `GSNRMeter` has added up in `fit`; `reading` is its."""
     shown = {name: float(value) for name, value in meter.result().items()}
     steps = max(reading.steps, 1)
     row = {
@@ -140,8 +140,7 @@ def of_meter(meter) -> dict:
     row |= {there: shown[name] for name, there in names.items() if name in shown}
     if "osgr" in shown and reading.signal > 0:
         noise = reading.signal * (1 / shown["osgr"] - 1)  # V / N
-        whole = (reading.signal + noise) ** 2
-        row["osgr_predicted_se"] = reading.signal_se * noise / whole
+        row["osgr_predicted_se"] = metrics.osgr_se(reading.signal, noise, reading.signal_se)
     for i, layer in enumerate(meter.layers, 1):
         row[f"gsnr/{layer}"] = float(reading.gsnr[i])
         if meter.sign_counts:
@@ -167,9 +166,8 @@ def histograms_of_moments(ratios: list, model) -> dict:
     }
 
 
-def histograms_of_meter(meter, variables) -> dict:
-    """The same of the sampled parameters, each as often as it stands for others."""
-    ratios, sample = meter.reading().ratios, meter.sample
+def histograms_of_sample(ratios, sample, variables) -> dict:
+    """The same of sampled parameters' ratios `[k]`, each as often as it stands for others."""
     groups = metrics.by_layer([v.path for v in variables])
     counts = {}
     for layer, indices in groups.items():

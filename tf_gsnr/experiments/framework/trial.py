@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import os
+import io
 import sys
 import tempfile
 import time
@@ -39,7 +39,7 @@ class _Stopwatch(progress.Progress):
     """Notes when how much was done, and ends the trial when it tells enough."""
 
     def __init__(self):
-        super().__init__(1.0, open(os.devnull, "w"))  # noqa: SIM115 (as long as the trial)
+        super().__init__(1.0, io.StringIO())
         self.marks = []  # (time, work done so far)
 
     def advance(self, work, text):
@@ -78,7 +78,7 @@ def estimate(experiment, settings, configurations, source, **how) -> Estimate:
                 if time.monotonic() - begun > SECONDS and watch.marks:
                     break
     if not watch.marks:  # an experiment that tells of no work
-        watch.marks.append((time.monotonic(), works[works.index(max(works))]))
+        watch.marks.append((time.monotonic(), max(works)))
     start = watch.marks[0][0] - begun
     return Estimate(largest, sum(works) * watch.rate, start, _peak())
 
