@@ -13,6 +13,7 @@ import pytest
 
 from tf_gsnr import data, experiments, metrics, models, progress
 from tf_gsnr.experiments.framework.experiment import Workbench
+from tf_gsnr.experiments.osgr import noise
 from tf_gsnr.experiments.osgr import run as osgr
 from tf_gsnr.records import RunDirectory, read_records
 
@@ -277,3 +278,23 @@ def test_progress_tells_the_time_left():
     bar.skip(5)
     bar.advance(2.5, "half")
     assert "75% done" in stream.getvalue() and "left" in stream.getvalue()
+
+
+def test_what_points_on_a_line_would_show_given_their_errors():
+    rng = np.random.default_rng(0)
+    inside, medians, shown = 0, [], []
+    for seed in range(100):
+        true = rng.uniform(0.3, 0.9, 24)
+        se_x, se_y = rng.uniform(0.02, 0.08, [2, 24])
+        x, y = true + se_x * rng.normal(size=24), true + se_y * rng.normal(size=24)
+        median, low, high = noise.on_a_line(x, se_x, se_y, seed)
+        found = np.corrcoef(x, y)[0, 1]
+        inside += low <= found <= high
+        medians.append(median)
+        shown.append(found)
+    assert inside >= 88  # of 100, where 95% is meant
+    assert abs(np.mean(medians) - np.mean(shown)) < 0.01
+    unrelated = noise.on_a_line(rng.normal(size=24), np.zeros(24), np.zeros(24))
+    assert unrelated == pytest.approx((1, 1, 1))
+    assert np.isnan(noise.on_a_line([0.5, 0.6], [0.1, 0.1], [0.1, 0.1])[0])
+    assert np.isnan(noise.interval(0.9, 3)[0]) and np.isnan(noise.interval(1.0, 24)[0])

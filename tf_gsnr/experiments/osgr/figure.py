@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from tf_gsnr.experiments.framework.statistics import pearson
+from tf_gsnr.experiments.osgr import noise
 from tf_gsnr.plots.claims import Claim, verdict
 from tf_gsnr.plots.style import by, column, plt
 
@@ -25,7 +26,9 @@ def summary(records: list[dict]) -> dict:
     """Per epoch: how well the predicted OSGR matches the measured one.
 
     Returns:
-      A dict of dicts by epoch (as text): `pearson`; `measured_minus_predicted`, the mean over the
+      A dict of dicts by epoch (as text): `pearson`, `pearson_interval`, its 95% interval, and
+      `pearson_on_a_line`, what points on a line would show, given their errors: median, 2.5% and
+      97.5% points (`noise.on_a_line`); `measured_minus_predicted`, the mean over the
       configurations; `within_two_se`, the share whose difference is under two standard errors;
       `small_step`, the share of configurations still in the small-step regime; `configurations`.
       With batch normalisation also `frozen`, the first three with its statistics as constants;
@@ -43,12 +46,16 @@ def summary(records: list[dict]) -> dict:
 
 
 def _agreement(records, field, measured_field="osgr_measured") -> dict:
-    result = {"pearson": {}, "measured_minus_predicted": {}, "within_two_se": {}}
+    fields = "pearson pearson_interval pearson_on_a_line measured_minus_predicted within_two_se"
+    result: dict[str, dict] = {name: {} for name in fields.split()}
     for epoch, group in by(records, "epoch").items():
         measured, predicted = column(group, measured_field), column(group, field)
-        se = np.hypot(column(group, f"{measured_field}_se"), column(group, f"{field}_se"))
+        errors = [column(group, f"{name}_se") for name in (field, measured_field)]
+        se = np.hypot(*errors)
         key = str(epoch)
-        result["pearson"][key] = pearson(predicted, measured)
+        result["pearson"][key] = found = pearson(predicted, measured)
+        result["pearson_interval"][key] = noise.interval(found, len(group))
+        result["pearson_on_a_line"][key] = noise.on_a_line(predicted, *errors)
         result["measured_minus_predicted"][key] = float(np.mean(measured - predicted))
         result["within_two_se"][key] = float(np.mean(np.abs(measured - predicted) < 2 * se))
     return result
@@ -57,7 +64,10 @@ def _agreement(records, field, measured_field="osgr_measured") -> dict:
 def table(records: list[dict]) -> str:
     """The summary as a table for a terminal, a line an epoch."""
     s = summary(records)
-    lines = ["  epoch  Pearson  measured - predicted  within 2 s.e.  small step  configurations"]
+    lines = [
+        "  epoch  Pearson  95% interval    on a line  measured - predicted  within 2 s.e."
+        "  small step  configurations"
+    ]
     for epoch in s["pearson"]:
         lines.append(
             f"{_row(s, epoch)}  {s['small_step'][epoch]:10.0%}  {s['configurations'][epoch]:14d}"
@@ -72,8 +82,10 @@ def table(records: list[dict]) -> str:
 
 
 def _row(agreement, epoch):
+    low, high = agreement["pearson_interval"][epoch]
     return (
-        f"{epoch:>7}  {agreement['pearson'][epoch]:7.3f}"
+        f"{epoch:>7}  {agreement['pearson'][epoch]:7.3f}  {low:5.2f} to {high:4.2f}"
+        f"  {agreement['pearson_on_a_line'][epoch][0]:11.3f}"
         f"  {agreement['measured_minus_predicted'][epoch]:+20.3f}"
         f"  {agreement['within_two_se'][epoch]:12.0%}"
     )
@@ -99,7 +111,8 @@ def claims(records: list[dict]) -> list[Claim]:
     low, correlation = _correlation(small, field)
     if not frozen:
         reported = "0.907 to 0.968 [reported]" if where == "figure 4" else "high [text]"
-        why = "; ".join(filter(None, [_possible_causes(small), why]))
+        causes = ". ".join([_possible_causes(small), _noise(small, field)])
+        why = "; ".join(filter(None, [causes, why]))
         return [
             Claim(
                 where,
@@ -134,7 +147,16 @@ def claims(records: list[dict]) -> list[Claim]:
             "strong positive correlation [text]",
             correlation,
             verdict(low >= 0.8, low >= 0.5),
-            "; ".join(filter(None, [follow + _correlation(small, "osgr_predicted")[1], why])),
+            "; ".join(
+                filter(
+                    None,
+                    [
+                        follow + _correlation(small, "osgr_predicted")[1],
+                        _noise(small, field),
+                        why,
+                    ],
+                )
+            ),
         ),
     ]
 
@@ -177,12 +199,33 @@ def _near_the_diagonal(records, field):
 
 def _correlation(records, field):
     """The smallest Pearson correlation of all epochs; all of them in words."""
-    found = _agreement(records, field)["pearson"]
-    values = ", ".join(f"{value:.3f}" for value in found.values())
+    agreement = _agreement(records, field)
+    found, intervals = agreement["pearson"], agreement["pearson_interval"]
+    values = ", ".join(
+        f"{value:.3f} ({intervals[epoch][0]:.2f} to {intervals[epoch][1]:.2f})"
+        for epoch, value in found.items()
+    )
     groups = [len(group) for group in by(records, "epoch").values()]
     points = f"{min(groups)} to {max(groups)}" if min(groups) < max(groups) else f"{groups[0]}"
     text = f"Pearson {values} at epochs {', '.join(found)}, of {points} points"
     return min(found.values()), text
+
+
+def _noise(records, field):
+    """How much of the distance of the correlation from 1 is noise of M and of the test set."""
+    agreement = _agreement(records, field)
+    lines = agreement["pearson_on_a_line"].items()
+    would = ", ".join(f"{m:.3f} ({low:.2f} to {high:.2f})" for _, (m, low, high) in lines)
+    inside = [agreement["pearson"][e] >= low for e, (_, low, _) in lines]
+    judged = {
+        True: "all of the distance from 1 can be noise",
+        False: "noise is not all of the distance from 1",
+    }[all(inside)]
+    return (
+        f"Noise of the M training sets and of the test set: points exactly on a line, with the "
+        f"errors that these have, would show Pearson {would} (95% of 2,000 draws); {judged}"
+        + ("" if all(inside) or not any(inside) else f", at {sum(inside)} of {len(inside)} epochs")
+    )
 
 
 def figure(records: list[dict]) -> plt.Figure:
