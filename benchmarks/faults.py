@@ -261,7 +261,7 @@ def rest(bench):
     def case(what, good, said=""):
         bench.tell(what, 1, int(bool(good)), "" if good else said.strip()[-200:])
 
-    long = ["--at_epochs=0,5,5000", "--replicas=1"]
+    long = ["--at_epochs=0,5,40000", "--replicas=1"]
     for what, more in (("the same command", []), ("one with --overwrite", ["--overwrite"])):
         name = f"two{len(more)}"
         both = [bench.experiment("osgr", name, *long, *m) for m in ([], more)]
