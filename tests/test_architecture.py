@@ -13,14 +13,14 @@ PACKAGE = Path(tf_gsnr.__file__).parent
 PAGE = PACKAGE.parent / "ARCHITECTURE.md"
 # The floors, the lowest first: a file imports of its own floor and of those before.
 FLOORS = [
-    "moments arrays checks keras_internals progress lookup lock",
+    "moments arrays checks keras_internals progress lookup lock ending",
     "metrics shown records columns environment",
     "gradients plots status",
     "data models training",
     "descent",
     "experiments",
     "report",
-    "listing",
+    "listing replay",
     "main __main__",
 ]
 

@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import shutil
 import subprocess
 import sys
 
@@ -94,7 +96,10 @@ def test_a_checkpoint_is_what_was_saved(tmp_path):
         np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.parametrize("damage", ["cut", "empty", "text", "flipped", "pickled", "of before"])
+@pytest.mark.parametrize(
+    "damage",
+    ["cut", "empty", "text", "flipped", "pickled", "lacks one", "other shape", "of before"],
+)
 def test_a_damaged_checkpoint_costs_time_only(tmp_path, capsys, damage):
     directory = RunDirectory(tmp_path / "run", {})
     directory.save_checkpoint({"epoch": 3, "weights": [np.ones(1000)]})
@@ -111,8 +116,91 @@ def test_a_damaged_checkpoint_costs_time_only(tmp_path, capsys, damage):
         file.write_bytes(content[:middle] + bytes([content[middle] ^ 255]) + content[middle + 1 :])
     elif damage == "pickled":
         np.savez(file, values=np.array([{"a": 1}], object))
+    elif damage in ("lacks one", "other shape"):
+        arrays = dict(np.load(file))
+        name = next(name for name in arrays if name.startswith("weights"))
+        arrays.pop(name) if damage == "lacks one" else arrays.update({name: np.ones(3)})
+        np.savez(file, **arrays)
     else:
         np.savez(file, epoch=3, weight000=np.ones(3))
     assert directory.load_checkpoint() == {}
     assert "checkpoint.damaged.npz" in capsys.readouterr().err
     assert not file.exists() and directory.load_checkpoint() == {}
+
+
+def earlier_run(path):
+    run = RunDirectory(path, {"a": 1})
+    run.write_config({})
+    run.append({"b": 7})
+    run.write_json("summary.json", {"c": 1})
+    (path / "figures").mkdir()
+    (path / "figures" / "x.png").write_text("png")
+    run.release()
+
+
+def listed(path):
+    return sorted(str(p.relative_to(path)) for p in path.rglob("*") if p.name != "lock")
+
+
+def test_a_run_that_is_refused_takes_nothing_away(tmp_path):
+    earlier_run(tmp_path / "run")
+    before = listed(tmp_path / "run")
+    run = RunDirectory(tmp_path / "run", {"a": 2}, overwrite=True)
+    run.write_config({"more": 1})
+    run.take_back()
+    assert listed(tmp_path / "run") == before and read_records(run.path) == [{"b": 7}]
+    fresh = RunDirectory(tmp_path / "fresh", {})
+    fresh.write_config({})
+    fresh.take_back()
+    assert not (tmp_path / "fresh").exists()
+    run = RunDirectory(tmp_path / "run", {"a": 2}, overwrite=True)
+    run.write_config({})
+    run.append({"b": 8})
+    run.take_back()  # too late: there is a record
+    assert read_records(run.path) == [{"b": 8}] and not (run.path / "summary.json").exists()
+
+
+def test_killed_at_any_moment_of_overwriting_one_of_the_two_runs_is_whole(tmp_path, monkeypatch):
+    class Killed(BaseException):
+        pass
+
+    def overwrite(path, steps):
+        """Until it has moved, removed or renamed so many things."""
+        left = [steps]
+
+        def counted(act):
+            def once_more(*args, **kwargs):
+                if not left[0]:
+                    raise Killed
+                left[0] -= 1
+                return act(*args, **kwargs)
+
+            return once_more
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", counted(os.replace))
+            patch.setattr(shutil, "rmtree", counted(shutil.rmtree))
+            run = RunDirectory(path, {"a": 2}, overwrite=True)
+            run.write_config({})
+            run.append({"b": 8})
+            run.release()
+
+    whole, steps = {"config.json", "figures", "figures/x.png", "records.jsonl", "summary.json"}, 0
+    for steps in range(30):
+        path = tmp_path / str(steps)
+        earlier_run(path)
+        try:
+            overwrite(path, steps)
+            break
+        except Killed:
+            pass
+        rows = read_records(path)
+        settings = {"a": 2} if rows == [{"b": 8}] else {"a": 1}
+        again = RunDirectory(path, settings)  # by the command of either run
+        if again.records() == [{"b": 7}]:
+            assert whole <= set(listed(path))
+        else:
+            assert again.records() == [{"b": 8}]
+        assert not [p for p in listed(path) if ".earlier" in p]
+        again.release()
+    assert steps > 6

@@ -4,7 +4,8 @@ Parameters" (Liu et al., ICLR 2020).
   python -m tf_gsnr.main --flagfile=flags/quickstart.flags
   python -m tf_gsnr.main --flagfile=flags/mnist_small.flags --data_dir=DIR
 
-python -m tf_gsnr.main --list says what there is; --dry_run what a run would take.
+python -m tf_gsnr.main --list says what there is; --dry_run what a run would take; --replay=RUN
+runs a run again, and says what differs.
 
 What it makes is in runs/<name>/: config.json, records.jsonl (a line a measurement), summary.json
 and figures/. The same command again goes on where the last one stopped. Ctrl-C is safe at any time.
@@ -16,11 +17,8 @@ flagfile's. What is not given is the paper's value for the data set.
 
 from __future__ import annotations
 
-import contextlib
 import os
-import signal
 import sys
-import threading
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,10 +30,20 @@ os.environ.setdefault("MPLBACKEND", "Agg")  # figures go into files
 
 from absl import app, flags, logging  # noqa: E402
 
-from tf_gsnr import environment, experiments, listing, plots, progress, records  # noqa: E402
+from tf_gsnr import (  # noqa: E402
+    ending,
+    environment,
+    experiments,
+    listing,
+    plots,
+    progress,
+    records,
+    replay,
+)
 from tf_gsnr.experiments.framework.settings import fields  # noqa: E402
 
 FLAGS = flags.FLAGS
+DIRECTORIES = ("runs_dir", "data_dir")
 USAGE, DIVERGED = 2, 3  # exit codes: called wrongly; ended, but some configurations diverged
 
 
@@ -125,6 +133,18 @@ flags.DEFINE_enum(
     "diverged.json and not tried again, the others run, and the exit code is 3; stop, all ends.",
 )
 flags.DEFINE_bool(
+    "deterministic",
+    False,
+    "Only operations that give the same digits each time: slower on an accelerator, and where one "
+    "has no such form, an error. A CPU gives the same digits on the same machine without it.",
+)
+flags.DEFINE_string(
+    "replay",
+    None,
+    "A run directory: run again what its config.json says, into <name>-replay, then say what "
+    "differs, in replay.json too. Other flags beside it replace what is said there.",
+)
+flags.DEFINE_bool(
     "dry_run",
     False,
     "Say what would be run, how much of it is done, and about what it will take, as a few seconds "
@@ -170,7 +190,10 @@ def parse_flags(argv):
         (given if of_file else direct).append(argument)
     try:
         given = FLAGS.read_flags_from_files(given)
-        name = _experiment_in([*given, *direct])
+        of = _value_in([*given, *direct], "replay")
+        if of is not None:
+            given = [*replay.flags(of, direct), *given]
+        name = _value_in([*given, *direct], "experiment") or FLAGS["experiment"].default
         experiment = experiments.load(name)
         _define(experiment)
         before = {f.setting.before: f.flag for f in fields(experiment.Settings)}
@@ -192,14 +215,14 @@ def parse_flags(argv):
         progress.stop(f"error: {error}", USAGE)
 
 
-def _experiment_in(arguments):
-    """The experiment that these arguments name, the last one if several; or the default."""
-    name = FLAGS["experiment"].default
+def _value_in(arguments, wanted):
+    """What these arguments say of a flag, the last of them if several do; None if none does."""
+    found = None
     for argument, after in zip(arguments, [*arguments[1:], ""]):
         flag, equals, value = argument.lstrip("-").partition("=")
-        if flag == "experiment" and argument.startswith("-"):
-            name = value if equals else after
-    return name
+        if flag == wanted and argument.startswith("-"):
+            found = value if equals else after
+    return found
 
 
 def _renamed(argument, names):
@@ -310,10 +333,12 @@ def plan(argv) -> Plan:
 
     experiment = experiments.load(FLAGS.experiment)
     _quieten_tensorflow()
+    settings = experiment.settings(**_given(experiment.Settings))
+    if FLAGS.deterministic:
+        _only_deterministic_operations(settings)
     strategy = _strategy(experiment)  # before anything else of TensorFlow runs
     engines.check_name(FLAGS.engine)
     jit: Any = {"auto": "auto", "true": True, "false": False}[FLAGS.jit_compile]
-    settings = experiment.settings(**_given(experiment.Settings))
     configurations = experiment.configurations(settings)
     part, suffix = _shard()
     worker = devices.worker(strategy)
@@ -364,6 +389,7 @@ def run(argv):
 
 def _go(planned: Plan):
     from tf_gsnr.experiments.framework import runner
+    from tf_gsnr.experiments.framework.experiment import Diverged
 
     experiment, settings, how = planned.experiment, planned.settings, planned.how
     directory = records.RunDirectory(
@@ -379,7 +405,13 @@ def _go(planned: Plan):
     records.check_grid(directory.path, directory.records(), grid)
     progress.say(_headline(planned))
     how = how | {"skip_diverging": FLAGS.on_divergence == "skip"}
-    runner.go_through(experiment, settings, planned.chosen, planned.source, directory, **how)
+    try:
+        runner.go_through(experiment, settings, planned.chosen, planned.source, directory, **how)
+    except Diverged:
+        raise
+    except ValueError:  # refused: a network that no engine fits, say
+        directory.take_back()
+        raise
     return _finish(experiment, directory)
 
 
@@ -429,6 +461,14 @@ def _quieten_tensorflow():
     )
 
 
+def _only_deterministic_operations(settings):
+    import keras
+    import tensorflow as tf
+
+    keras.utils.set_random_seed(getattr(settings, "seed", 0))  # none may draw without a seed
+    tf.config.experimental.enable_op_determinism()
+
+
 def _finish(experiment, directory):
     """Summary, table and figure of all records of the run."""
     diverged = records.read_diverged(directory.path)
@@ -446,6 +486,10 @@ def _finish(experiment, directory):
     for one in diverged:
         print(f"diverged: {one['why']}")
     print(f"\nrecords: {directory.path / 'records.jsonl'}\nfigure:  {figure}")
+    if FLAGS.replay:
+        found = replay.differences(FLAGS.replay, directory.path)
+        directory.write_json("replay.json", found)
+        print(replay.text(found))
     return directory
 
 
@@ -456,11 +500,11 @@ def main(argv):
         print(listing.text(FLAGS.runs_dir))
         return
     try:
-        with _signals():
+        with ending.signals(wanted=FLAGS.strategy == "none"):
             _do(argv)
     except OSError as error:
         logging.debug("", exc_info=True)
-        progress.stop(f"error: {_of_system(error)}")
+        progress.stop(f"error: {ending.fault(error, {f: FLAGS[f].value for f in DIRECTORIES})}")
     except KeyboardInterrupt:
         progress.stop("\nstopped; the same command goes on from here")
 
@@ -483,42 +527,6 @@ def _do(argv):
             f"({directory.path / 'diverged.json'}); a smaller --learning_rate, as another --name?",
             DIVERGED,
         )
-
-
-def _of_system(error: OSError) -> str:
-    """A fault of disk or network in a line: the path, the flag, what to do."""
-    path = str(error.filename or "")
-    flag = "runs_dir"
-    if FLAGS.data_dir and path.startswith(str(FLAGS.data_dir)):
-        flag = "data_dir"
-    where = f"{path}: " if path else ""
-    return (
-        f"{where}{error.strerror or error} (--{flag}={FLAGS[flag].value}). What was written is "
-        "valid: when that is mended, the same command goes on from there"
-    )
-
-
-@contextlib.contextmanager
-def _signals():
-    """SIGTERM and SIGHUP end the program as Ctrl-C does; a second one ends it at once."""
-    names = [n for n in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, n)]
-    mine = threading.current_thread() is threading.main_thread() and FLAGS.strategy == "none"
-    before, heard = {}, []
-
-    def stop(number, frame):
-        if heard:
-            os.write(2, b"\nstopped at once\n")
-            os._exit(1)
-        heard.append(number)
-        raise KeyboardInterrupt
-
-    if mine:
-        before = {n: signal.signal(getattr(signal, n), stop) for n in names}
-    try:
-        yield
-    finally:
-        for name, handler in before.items():
-            signal.signal(getattr(signal, name), handler)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ every other file is replaced by renaming.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -39,7 +40,8 @@ class RunDirectory:
         of a run with other settings is not touched.
       grown: the settings that may differ from the earlier run's: lists that the run goes through,
         so that a grid can be extended.
-      overwrite: whether to throw away what an earlier run left there.
+      overwrite: whether to throw away what an earlier run left there. It is set aside until
+        something of this run is recorded: see `take_back`.
       ways_out: what the user calls another directory, and to throw the earlier run away.
 
     Raises:
@@ -60,11 +62,13 @@ class RunDirectory:
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"{self.path} is a file; choose another {self._another}")
         self._check_ours()
+        self._made = not self.path.exists()
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock = lock.hold(self.path)
         try:
+            self._restore()
             if overwrite:
-                self._empty()
+                self._set_aside()
             elif (self.path / "config.json").exists():
                 self._check_same_run(set(grown))
             self._cut_half_record()
@@ -90,11 +94,54 @@ class RunDirectory:
                 f"{self._another}"
             )
 
-    def _empty(self):
-        for entry in self.path.iterdir():
-            if entry.name == lock.NAME:
-                continue
-            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+    def take_back(self):
+        """Leaves the directory as it was before this run, which was refused: nothing is recorded.
+
+        A new directory goes, an earlier run comes back. Does nothing once there is a record, a
+        checkpoint or a divergence.
+        """
+        if self._has_records():
+            return
+        self._restore()
+        if self._made:
+            shutil.rmtree(self.path, ignore_errors=True)
+        self.release()
+
+    def _set_aside(self):
+        """Moves what an earlier run left into `EARLIER`, until something of this one is there.
+
+        A process can be killed between any two lines of this: `EARLIER` has that name only while it
+        is whole, and nothing of the new run is written before.
+        """
+        moving = self.path / MOVING
+        moving.mkdir()
+        for entry in list(self.path.iterdir()):
+            if entry.name not in (lock.NAME, MOVING):
+                os.replace(entry, moving / entry.name)
+        os.replace(moving, self.path / EARLIER)
+
+    def _restore(self):
+        """Moves it back; nothing to do if it was not set aside, or is gone for good."""
+        earlier, moving = self.path / EARLIER, self.path / MOVING
+        if earlier.exists() and self._has_records():  # of the run that came after it
+            os.replace(earlier, self.path / GONE)
+        _remove(self.path / GONE)
+        if earlier.exists():
+            os.replace(earlier, moving)
+        if moving.exists():
+            for entry in list(moving.iterdir()):
+                _remove(self.path / entry.name)
+                os.replace(entry, self.path / entry.name)
+            moving.rmdir()
+
+    def _has_records(self):
+        return any((self.path / name).exists() for name in RECORDED)
+
+    def _recorded(self):
+        """Something of this run was recorded: what was set aside goes."""
+        if (self.path / EARLIER).exists():
+            os.replace(self.path / EARLIER, self.path / GONE)
+            _remove(self.path / GONE)
 
     def _check_same_run(self, grown):
         before = read_config(self.path)["settings"]
@@ -151,6 +198,7 @@ class RunDirectory:
             file.write(json.dumps(_jsonable(record)) + "\n")
             file.flush()
             os.fsync(file.fileno())
+        self._recorded()
 
     def records(self) -> list[dict]:
         return read_records(self.path)
@@ -164,6 +212,7 @@ class RunDirectory:
         """Adds a configuration to diverged.json, which says what is not tried again."""
         noted = [*read_diverged(self.path), {"configuration": configuration, "why": why}]
         self.write_json("diverged.json", noted)
+        self._recorded()
 
     def write_json(self, name: str, value):
         """Replaces a file of the directory by this value, all at once."""
@@ -194,10 +243,12 @@ class RunDirectory:
             else:
                 rest[name] = value
         arrays[_REST] = np.array(json.dumps(rest, default=lambda v: v.item()))
+        arrays[_DIGEST] = np.array(_digest(arrays))
         partial = self.path / "checkpoint.partial.npz"
         np.savez(partial, **arrays)
         _sync(partial)
         os.replace(partial, self.path / "checkpoint.npz")
+        self._recorded()
 
     def load_checkpoint(self) -> dict:
         """The state last saved; empty if there is none.
@@ -209,8 +260,10 @@ class RunDirectory:
         if not file.exists():
             return {}
         try:
-            with np.load(file, allow_pickle=False) as saved:
+            with open(file, "rb") as opened, np.load(opened, allow_pickle=False) as saved:
                 arrays = dict(saved)
+            if str(arrays.pop(_DIGEST)) != _digest(arrays):
+                raise ValueError("its content is not what was saved")
             state = json.loads(str(arrays.pop(_REST)))
             for name in sorted(arrays):
                 of_list = name.partition("[")[0]
@@ -325,8 +378,27 @@ def _read_line(file, number, line) -> dict:
     return {k: math.nan if v is None else v for k, v in record.items()}
 
 
-UNFINISHED = {lock.NAME, "figures"}  # of a run that was stopped before it had a configuration
-_REST = "values"  # of a checkpoint, what is no array
+EARLIER = ".earlier"  # what an earlier run left, until this one has recorded something
+MOVING, GONE = f"{EARLIER}.moving", f"{EARLIER}.gone"  # on its way there or back; being deleted
+RECORDED = ("records.jsonl", "checkpoint.npz", "diverged.json")
+UNFINISHED = {
+    lock.NAME,
+    EARLIER,
+    MOVING,
+    GONE,
+    "figures",
+}  # of a run that was stopped before it had a configuration
+_REST, _DIGEST = "values", "digest"  # of a checkpoint: what is no array; of all the rest
+
+
+def _digest(arrays: dict) -> str:
+    """Of names, shapes, types and bytes of arrays."""
+    found = hashlib.sha256()
+    for name in sorted(arrays):
+        value = np.ascontiguousarray(arrays[name])
+        found.update(f"{name} {value.dtype.str} {value.shape} ".encode())
+        found.update(value.tobytes())
+    return found.hexdigest()
 
 
 def replace(file: Path, content: bytes):
@@ -335,6 +407,11 @@ def replace(file: Path, content: bytes):
     partial.write_bytes(content)
     _sync(partial)
     os.replace(partial, file)
+
+
+def _remove(path: Path):
+    """Removes a file, or a directory with all that is in it, if it is there."""
+    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def _sync(file: Path):

@@ -1,0 +1,54 @@
+"""How a run is ended from outside: by signals, and by faults of disk and network."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+
+
+def fault(error: OSError, flags: dict) -> str:
+    """A fault of the system in a line: the path, the flag, what to do.
+
+    Args:
+      error: what was raised.
+      flags: name -> directory, of the flags that name one; the first is the one that is written to.
+
+    >>> fault(OSError(28, "No space left on device", "/data/x"), {"runs_dir": "/data"})[:60]
+    '/data/x: No space left on device (--runs_dir=/data). What wa'
+    """
+    path = str(error.filename or "")
+    named = [name for name, value in flags.items() if value and path.startswith(str(value))]
+    flag = (named or list(flags))[0]
+    where = f"{path}: " if path else ""
+    return (
+        f"{where}{error.strerror or error} (--{flag}={flags[flag]}). What was written is "
+        "valid: when that is mended, the same command goes on from there"
+    )
+
+
+@contextlib.contextmanager
+def signals(wanted: bool = True):
+    """SIGTERM and SIGHUP end the program as Ctrl-C does; a second one ends it at once.
+
+    Args:
+      wanted: False leaves signals as they are.
+    """
+    names = [n for n in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, n)]
+    before, heard = {}, []
+
+    def stop(number, frame):
+        if heard:
+            os.write(2, b"\nstopped at once\n")
+            os._exit(1)
+        heard.append(number)
+        raise KeyboardInterrupt
+
+    if wanted and threading.current_thread() is threading.main_thread():
+        before = {n: signal.signal(getattr(signal, n), stop) for n in names}
+    try:
+        yield
+    finally:
+        for name, handler in before.items():
+            signal.signal(getattr(signal, name), handler)
