@@ -197,13 +197,14 @@ def test_a_full_disk_does_not_stop_the_training(tmp_path, monkeypatch, caplog):
 
     run, model = tmp_path / "run", recorded(tmp_path / "run")
     fit(model, 1)
+    written = len(records.read_records(run))
     monkeypatch.setattr(records.RunDirectory, "append", full)
     with caplog.at_level("ERROR", logger="absl"):
         history = fit(model, 4, initial_epoch=1)
     assert len(history["gsnr"]) == 3
     said = [r.getMessage() for r in caplog.records if "nothing more is recorded" in r.getMessage()]
     assert len(said) == 1 and "No space left" in said[0]
-    assert len(records.read_records(run)) == 1
+    assert len(records.read_records(run)) == written > 0
 
 
 def test_what_is_not_measured_is_named(tmp_path):
