@@ -1,29 +1,15 @@
-"""Why the GSNR jumps from epoch to epoch: at weights around each epoch's end, and other trainings.
-
-Places are those of `run`: the weights, or the examples, at which is measured after an epoch.
-"""
+"""Why the GSNR jumps from epoch to epoch: weights around an epoch's end, other trainings."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import numpy as np
 
-from tf_gsnr.experiments.framework.statistics import pearson
 from tf_gsnr.experiments.jagged import jumps
+from tf_gsnr.experiments.jagged.causes import AVERAGE, PLACES, causes, complete
 from tf_gsnr.experiments.jagged.settings import AS_IT_IS, AVERAGED, BEFORE, VARIANTS
 from tf_gsnr.plots.claims import Claim, beyond, verdict, with_error
 from tf_gsnr.plots.style import by, column, curves, draw_mean, over_seeds, plt
 
-AVERAGE = f"averaged_{max(AVERAGED)}"
-PLACES = {
-    "end": "the weights as they are",
-    "other_probe": "another probe",
-    "larger_probe": "both probes together",
-    **{f"before_{k}": f"{k} step{'s' * (k > 1)} earlier" for k in BEFORE},
-    "line_minimum": "one step to the line's minimum",
-    **{f"averaged_{k}": f"weights averaged over {k} steps" for k in AVERAGED},
-}
 DRAWN = {
     "end": ("#2a6fbb", "-"),
     "other_probe": ("#2a6fbb", ":"),
@@ -32,64 +18,6 @@ DRAWN = {
     AVERAGE: ("#3d8b57", "-"),
 }
 COLOURS = ("#2a6fbb", "#7d5ba6", "#c8553d", "#e0a030", "0.4")
-
-
-class Cause(NamedTuple):
-    """One thing changed: what is left of the jumps.
-
-    Attributes:
-      variant, place, text: what was changed, in the training or in the measurement.
-      level: `[seeds]`, the mean over the epochs of the corrected GSNR.
-      variance: `[seeds]`, from epoch to epoch, of the plain GSNR.
-      ratio: of the variances, over that of the training as it is, at its weights.
-      like: the mean over seeds of the correlation of log GSNR with that one's.
-    """
-
-    variant: str
-    place: str
-    text: str
-    level: np.ndarray
-    variance: np.ndarray
-    ratio: jumps.Ratio
-    like: float
-
-
-def causes(records: list[dict]) -> list[Cause]:
-    """Every place of the training as it is, then the last weights and their average of the others.
-
-    Of the seeds that have all variants complete, from epoch 1 on; none where there is none.
-    """
-    records = complete(records)
-    by_variant = by([r for r in records if r["epoch"] > 0], "variant")
-    if AS_IT_IS not in by_variant:
-        return []
-    own = curves(by_variant[AS_IT_IS], "gsnr_plain/end")[1]
-    if own.shape[1] < 3:
-        return []
-    found = []
-    for variant in sorted(by_variant, key=list(VARIANTS).index):
-        places = PLACES if variant == AS_IT_IS else ("end", AVERAGE)
-        for place in places:
-            plain = curves(by_variant[variant], f"gsnr_plain/{place}")[1]
-            level = curves(by_variant[variant], f"gsnr/{place}")[1].mean(1)
-            text = PLACES[place] if variant == AS_IT_IS else VARIANTS[variant]
-            if variant != AS_IT_IS and place != "end":
-                text += ", averaged weights"
-            ratio = jumps.ratio(jumps.variance(plain), jumps.variance(own))
-            like = np.mean([pearson(np.log(a), np.log(b)) for a, b in zip(plain, own)])
-            found.append(
-                Cause(variant, place, text, level, jumps.variance(plain), ratio, float(like))
-            )
-    return found
-
-
-def complete(records: list[dict]) -> list[dict]:
-    """The records of the seeds that have all epochs of all variants."""
-    variants = {r["variant"] for r in records}
-    epochs = {r["epoch"] for r in records}
-    seeds = by(records, "seed")
-    whole = [s for s, g in seeds.items() if len(g) == len(variants) * len(epochs)]
-    return [r for r in records if r["seed"] in whole]
 
 
 def summary(records: list[dict]) -> dict:
@@ -143,7 +71,8 @@ def figure(records: list[dict]) -> plt.Figure:
         axis.axhline(1 / records[0]["count"], color="0.6", linestyle=":", linewidth=1, zorder=0)
         axis.set(xlabel="epoch", yscale="log")
         if axis.lines[:-1]:
-            axis.legend(frameon=False, fontsize=8)
+            axis.set_ylim(top=3 * axis.get_ylim()[1])  # room for the legend
+            axis.legend(loc="upper left", frameon=False, fontsize=8)
         axis.grid(alpha=0.25)
     axes[0].set(ylabel="GSNR (25), mean over parameters")
     axes[0].set_title(f"as in figure 5, seed {first}: other weights, other examples", fontsize=10)
@@ -167,8 +96,8 @@ def _bars(axis, rows):
     axis.axvline(1, color="0.6", linewidth=1)
     axis.set_yticks(range(len(rows)), [c.text for c in rows], fontsize=8)
     axis.invert_yaxis()
-    axis.set(xscale="log", xlabel="variance from epoch to epoch, over that as it is")
-    axis.set_title("what is left of the jumps (two standard errors)", fontsize=10)
+    axis.set(xscale="log", xlabel="variance from epoch to epoch, relative")
+    axis.set_title("what is left of the jumps (± two standard errors)", fontsize=10)
     axis.grid(alpha=0.25, axis="x")
 
 
