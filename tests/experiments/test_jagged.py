@@ -106,7 +106,8 @@ def test_the_variance_of_jumps():
     np.testing.assert_allclose(jumps.within(steps), 9, rtol=0.1)
     found = jumps.ratio([1.0, 4.0], [2.0, 2.0])
     assert found.value == pytest.approx(1) and found.low == pytest.approx(1 / found.high)
-    assert found.high == pytest.approx(4)  # two standard errors: exp(2 log 2)
+    assert found.high == pytest.approx(2**12.7)  # a standard error of log 2, of two seeds
+    assert np.isnan(jumps.ratio([1.0], [2.0]).low)
 
 
 def made_up(places, variants=VARIANTS, seeds=(0, 1)):

@@ -185,7 +185,7 @@ def draw_layers(axis, records):
 
 def draw_readings(axis, real, random):
     """The readings that part most: plain and corrected, of all parameters and of convolutions."""
-    colours = {"mean": "#2a6fbb", "convolutions": "#3d8b57"}
+    colours = {"mean": "#2a6fbb", "convolution_layers": "#3d8b57"}
     for mean, colour in colours.items():
         for agreement, line in ((PLAIN, "-"), (CORRECTED, "--")):
             name = f"{agreement}/{mean}"

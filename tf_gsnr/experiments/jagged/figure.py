@@ -97,7 +97,7 @@ def _bars(axis, rows):
     axis.set_yticks(range(len(rows)), [c.text for c in rows], fontsize=8)
     axis.invert_yaxis()
     axis.set(xscale="log", xlabel="variance from epoch to epoch, relative")
-    axis.set_title("what is left of the jumps (± two standard errors)", fontsize=10)
+    axis.set_title("left of the jumps (95% intervals)", fontsize=10)
     axis.grid(alpha=0.25, axis="x")
 
 
@@ -159,9 +159,17 @@ def _below(ratio, bound):
 
 def _finding(base, rows):
     """The paragraph of the report: each cause with its numbers."""
-    end, probe, both, earlier, line, average = (
+    end, probe, both, earlier, long_before, line, average = (
         rows[AS_IT_IS, place]
-        for place in ("end", "other_probe", "larger_probe", "before_1", "line_minimum", AVERAGE)
+        for place in (
+            "end",
+            "other_probe",
+            "larger_probe",
+            f"before_{BEFORE[0]}",
+            f"before_{BEFORE[2]}",
+            "line_minimum",
+            AVERAGE,
+        )
     )
     after = [r for r in base if r["epoch"] > 0]
     around = ["end", *(f"before_{k}" for k in BEFORE)]
@@ -175,17 +183,18 @@ def _finding(base, rows):
         if variant != AS_IT_IS and place == "end"
     )
     return (
-        "variances from epoch to epoch, over that of the training as it is, with two standard "
-        "errors. The jumps are not the probe's: another one shows the same curve (correlation of "
-        f"log GSNR {probe.like:.2f}), and twice as many examples leave {both.ratio}. They are the "
-        f"weights': one step earlier the correlation is {earlier.like:.2f}, and the weights of the "
-        f"last {max(BEFORE)} steps of one epoch differ among each other as those of epochs do "
-        f"({inside}). Averaged over {max(AVERAGED)} steps they leave {average.ratio}; one step "
-        "along one direction, the mean gradient of other examples, to the lowest point there "
-        f"leaves {line.ratio}. So it is the distance from the valley's floor along a sharp "
-        f"direction (learning rate times curvature along the gradient: median {sharp:.2f}; in "
-        f"{turned:.0%} of the last steps the mean gradient turned round). Other trainings, at "
-        f"their last weights: {others}. Most of the height is swinging, too: the corrected GSNR is "
-        f"{end.level.mean():.4f} on average over the epochs at the last weights and "
+        "variances from epoch to epoch, over that of the training as it is, with 95% intervals "
+        "over seeds. The jumps are not the probe's: another one shows the same curve (correlation "
+        f"of log GSNR {probe.like:.2f}), and twice as many examples leave {both.ratio}. They are "
+        f"the weights': {BEFORE[0]} step earlier the correlation is {earlier.like:.2f}, "
+        f"{BEFORE[2]} steps earlier {long_before.like:.2f}, and the weights of the last "
+        f"{max(BEFORE)} steps of one epoch differ among each other as those of epochs do ({inside}). Averaged over "
+        f"{max(AVERAGED)} steps they leave {average.ratio}; one step along one direction, the mean "
+        f"gradient of other examples, to the lowest point there leaves {line.ratio}. So it is the "
+        "distance from the valley's floor along a sharp direction (learning rate times curvature "
+        f"along the gradient: median {sharp:.2f}; in {turned:.0%} of the last steps the mean "
+        f"gradient turned round). Other trainings, at their last weights: {others}. Most of the "
+        f"height is swinging, too: the corrected GSNR is {end.level.mean():.4f} on average over "
+        f"the epochs at the last weights, {line.level.mean():.4f} at the line's minimum and "
         f"{average.level.mean():.4f} at the averaged ones"
     )

@@ -11,6 +11,8 @@ import numpy as np
 
 from tf_gsnr.plots.style import over_seeds
 
+STUDENT = (12.7, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.0)  # for 2, 3, ... seeds
+
 
 def variance(values) -> np.ndarray:
     """The variance from epoch to epoch of curves, without their trend.
@@ -47,7 +49,7 @@ def within(values) -> np.ndarray:
 
 
 class Ratio(NamedTuple):
-    """A ratio over seeds, with the ends of an interval of two standard errors of its logarithm."""
+    """A ratio over seeds, with the ends of the 95% interval of its logarithm (Student's t)."""
 
     value: float
     low: float
@@ -77,5 +79,7 @@ def ratio(numerators, denominators) -> Ratio:
     >>> ratio([1.0, 4.0], [1.0, 1.0]).value
     2.0
     """
-    mean, se = over_seeds(np.log(np.asarray(numerators) / np.asarray(denominators)))
-    return Ratio(*(float(v) for v in np.exp([mean, mean - 2 * se, mean + 2 * se])))
+    logarithms = np.log(np.asarray(numerators) / np.asarray(denominators))
+    mean, se = over_seeds(logarithms)
+    half = se * STUDENT[min(len(logarithms) - 2, len(STUDENT) - 1)]
+    return Ratio(*(float(v) for v in np.exp([mean, mean - half, mean + half])))
