@@ -126,7 +126,12 @@ def _why(reading, real, nearest):
     by_layer = layers(real, PLAIN)
     if not by_layer:
         return WHY
-    text = ", ".join(f"{name} {curves(real, key)[1][:, 0].mean():.0%}" for key, name, _ in by_layer)
+    starts = {name: curves(real, key)[1][:, 0].mean() for key, name, _ in by_layer}
+    inner = [starts[name] for _, name, convolution in by_layer if convolution]
+    text = ", ".join(f"{name} {share:.0%}" for name, share in starts.items())
+    if len(starts) > FEW and inner:
+        last = text.rpartition(", ")[2]
+        text = f"convolutions {min(inner):.0%} to {max(inner):.0%}, {last}"
     return (
         f"{WHY}. By layer, at the start: {text}. The reading nearest to the paper's numbers: "
         f"{nearest.text} ({nearest.start.mean():.1%} to {nearest.late.mean():.1%}, at most "
