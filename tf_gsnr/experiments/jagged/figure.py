@@ -182,6 +182,7 @@ def _finding(base, rows):
         for (variant, place), cause in rows.items()
         if variant != AS_IT_IS and place == "end"
     )
+    others = f"Other trainings, at their last weights: {others}. " if others else ""
     return (
         "variances from epoch to epoch, over that of the training as it is, with 95% intervals "
         "over seeds. The jumps are not the probe's: another one shows the same curve (correlation "
@@ -193,8 +194,7 @@ def _finding(base, rows):
         "along one direction, the mean gradient of other examples, to the lowest point there "
         f"leaves {line.ratio}. So it is the distance from the valley's floor along a sharp "
         f"direction (learning rate times curvature along the gradient: median {sharp:.2f}; in "
-        f"{turned:.0%} of the last steps the mean gradient turned round). Other trainings, at "
-        f"their last weights: {others}. Most of the height is swinging, too: the corrected GSNR "
+        f"{turned:.0%} of the last steps the mean gradient turned round). {others}Most of the height is swinging, too: the corrected GSNR "
         f"is {end.level.mean():.4f} on average over the epochs at the last weights, "
         f"{line.level.mean():.4f} at the line's minimum and {average.level.mean():.4f} at the "
         "averaged ones"
