@@ -194,8 +194,9 @@ def _finding(base, rows):
         "along one direction, the mean gradient of other examples, to the lowest point there "
         f"leaves {line.ratio}. So it is the distance from the valley's floor along a sharp "
         f"direction (learning rate times curvature along the gradient: median {sharp:.2f}; in "
-        f"{turned:.0%} of the last steps the mean gradient turned round). {others}Most of the height is swinging, too: the corrected GSNR "
-        f"is {end.level.mean():.4f} on average over the epochs at the last weights, "
+        f"{turned:.0%} of the last steps the mean gradient turned round). {others}"
+        "Most of the height is swinging, too: the corrected GSNR is "
+        f"{end.level.mean():.4f} on average over the epochs at the last weights, "
         f"{line.level.mean():.4f} at the line's minimum and {average.level.mean():.4f} at the "
         "averaged ones"
     )
