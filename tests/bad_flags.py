@@ -19,9 +19,9 @@ import tf_gsnr.main as program
 from tf_gsnr import experiments
 from tf_gsnr.experiments.framework.settings import fields
 
+CLASSES = ["--dataset=bad_flags:blobs", "--n=20"]  # of the others
 SMALL = {
     "osgr": ["--dataset=toy", "--n=20", "--width=4", "--training_sets=2", "--test_size=50"],
-    "dynamics": ["--dataset=bad_flags:blobs", "--n=20"],
     "freezing": ["--n=20"],
     "weights": ["--dataset=toy", "--n=20", "--width=4", "--epochs=4"],
 }
@@ -86,7 +86,7 @@ def _is_right(field, value) -> bool:
 def outcome(case) -> str:
     """ "clear", or what happened."""
     name, flag, value = case
-    argv = ["main.py", f"--experiment={name}", *SMALL[name], f"--{flag}={value}"]
+    argv = ["main.py", f"--experiment={name}", *SMALL.get(name, CLASSES), f"--{flag}={value}"]
     if flag in ("n", "p_random", "width", "at_epochs", "model", "dataset"):
         argv = [a for a in argv if not a.startswith(f"--{flag}=") or a.endswith(f"={value}")]
     said = io.StringIO()

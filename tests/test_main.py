@@ -64,12 +64,13 @@ def test_every_experiment_can_be_tried(experiment, monkeypatch):
     small = {
         "osgr": dict(dataset="toy", n=[20], width=[4], training_sets=2, epochs=[0, 2]),
         "dynamics": dict(model=["logistic_regression"], n=40, epochs=2, batch_size=10),
+        "jagged": dict(model="mlp", n=80, probe=20, width=4, epochs=2, batch_size=2, repeats=1),
         "freezing": dict(dataset="toy", n=20, repeats=1, test_size=40),
         "weights": dict(dataset="toy", n=20, width=4, epochs=6, every=2, term_every=2, repeats=1),
     }[experiment]
     module = experiments.load(experiment)
     settings = module.settings(**small)
-    source = data.load("toy") if experiment != "dynamics" else classes()
+    source = classes() if experiment in ("dynamics", "jagged") else data.load("toy")
     told = trial.estimate(module, settings, module.configurations(settings), source)
     assert 0 < told.seconds < 6000 and told.start >= 0 and told.peak > 1e7
 

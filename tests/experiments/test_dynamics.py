@@ -226,19 +226,19 @@ FLAT, SIGNS = [0.03, 0.021, 0.02, 0.02, 0.02], [0.5, 0.53, 0.54, 0.55, 0.56]
 def test_figure_table_and_claims():
     deep = made_up("net", 3, 0.0, RISING, SIGNS) + made_up("net", 3, 1.0, FLAT, SIGNS)
     shallow = made_up("line", 1, 0.0, FALLING, SIGNS)
-    assert len(DYNAMICS.figure(deep + shallow).axes) == 6
+    assert len(DYNAMICS.figure(deep + shallow).axes) == 8
     assert "net" in DYNAMICS.table(deep + shallow)
     assert DYNAMICS.summary(deep)["net"]["1.0"]["seeds"] == 2
-    assert [c.verdict for c in DYNAMICS.claims(deep + shallow)] == [HOLDS] * 4
+    assert [c.verdict for c in DYNAMICS.claims(deep + shallow)] == [HOLDS] * 5
 
     deep = made_up("net", 3, 0.0, FALLING, SIGNS[::-1]) + made_up("net", 3, 1.0, RISING, SIGNS)
     shallow = made_up("line", 1, 0.0, RISING, SIGNS)
-    assert [c.verdict for c in DYNAMICS.claims(deep + shallow)] == [FAILS] * 4
+    assert [c.verdict for c in DYNAMICS.claims(deep + shallow)] == [FAILS] * 5
 
 
 def test_an_unfinished_run_claims_what_it_can():
     real, random = made_up("net", 3, 0.0, RISING, SIGNS), made_up("net", 3, 1.0, FLAT, SIGNS)
-    for epochs, claims in ((5, 3), (2, 3), (1, 2), (0, 2)):
+    for epochs, claims in ((5, 4), (2, 4), (1, 3), (0, 3)):
         begun = [r for r in random if r["epoch"] < epochs]
         assert len(DYNAMICS.claims(real + begun)) == claims
     assert DYNAMICS.claims(random) == []  # a shard's
@@ -256,7 +256,7 @@ def test_bad_settings_are_named():
 
 
 def test_at_first_the_examples_of_a_class_agree(tfds_dir):
-    """Why the same-sign proportion starts above one half: `DYNAMICS.WHY_SIGNS`."""
+    """Why the same-sign proportion starts above one half: `sign_readings.WHY`."""
     source = data.load("cifar10", tfds_dir)
     model = models.build("simple_cnn", source.input_shape, source.outputs, width=4, seed=0)
     x, y = source.draw(200, np.random.default_rng(0))

@@ -177,3 +177,17 @@ def test_a_call_that_fails_leaves_no_mark():
     model.set_weights(weights)
     moments(model)
     assert not any(entry.unfit for entry in stream._KNOWN[model].entries.values())
+
+
+def test_what_fit_and_evaluate_leave_on_a_model_traces_nothing(monkeypatch):
+    """`fit` gives the model a new `history` each time, `evaluate` makes its loop."""
+    model = keras.Sequential([keras.Input([4]), L.Dense(2)])
+    model.compile("sgd", "mse")
+    model.fit(X, Y, verbose=0)
+    made = counted(monkeypatch)
+    moments(model, loss=None)
+    first = len(made)
+    model.fit(X, Y, verbose=0)
+    model.evaluate(X, Y, verbose=0)
+    moments(model, loss=None)
+    assert first and len(made) == first

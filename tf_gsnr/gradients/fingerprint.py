@@ -15,13 +15,25 @@ from tf_gsnr.gradients import network
 SMALL = 4096  # bytes of an array, and
 FEW = 1000  # entries of a list or dict, that are compared by their values; more by identity
 
+# What Keras's `fit`, `evaluate` and `predict` leave on a model, new each time: its loops, and how
+# they went. No layer's call depends on it.
+OF_LOOPS = frozenset(
+    "history train_function test_function predict_function "
+    "stop_training stop_evaluating stop_predicting".split()
+)
+
 
 def of(model, loss) -> dict:
     """`(id of the owner, name) -> value` of all public attributes of the layers and the loss."""
     attributes = {}
     for layer in network.layers(model):
         kept = vars(layer)
-        attributes |= {(id(layer), k): _value(v) for k, v in kept.items() if not k.startswith("_")}
+        ignored = OF_LOOPS if isinstance(layer, keras.Model) else ()
+        attributes |= {
+            (id(layer), k): _value(v)
+            for k, v in kept.items()
+            if not k.startswith("_") and k not in ignored
+        }
         attributes[id(layer), ""] = layer.trainable, layer.compute_dtype
     for one in keras.tree.flatten(loss):
         if isinstance(one, keras.losses.Loss):

@@ -22,6 +22,7 @@ import numpy as np
 import tensorflow as tf
 
 from tf_gsnr import arrays, data, metrics, models
+from tf_gsnr.experiments.dynamics import signs
 from tf_gsnr.experiments.dynamics.settings import (
     EVALUATION,
     GRADIENT,
@@ -178,6 +179,7 @@ def _build(name, settings, workbench):
             "test_accuracy": on["test"]["accuracy"],
             **metrics.summarize(moments, model),
             "step_sign/mean": arrays.mean(arrays.flat(metrics.step_sign(moments))),
+            **signs.by_layer(moments, model),
         }
 
     return _Network(model, train, measure)
