@@ -1,0 +1,1 @@
+"""Which prediction of the generalisation gap holds through training."""

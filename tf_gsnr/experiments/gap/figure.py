@@ -1,0 +1,237 @@
+"""Predicted against measured gap over the whole training: how long each prediction is right."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from tf_gsnr.plots.claims import Claim, verdict
+from tf_gsnr.plots.style import by, column, plt
+
+PREDICTIONS = {
+    "first_order": "sum of (14) over the steps",
+    "twins": "twins: examples weighted 1 + eta e, 1 - eta e",
+    "folds": "K-fold: models without a K-th of the examples",
+    "curvature": "propagated with the curvature",
+}
+COLOURS = {"first_order": "C3", "twins": "C0", "folds": "C2", "curvature": "C1"}
+LEFT = (0.9, 0.75, 0.5, 0.25)  # of the training loss at the start
+NEAR = 0.3  # a prediction is right within this, or within two standard errors
+AIM = 0.5  # of the training loss: until there a prediction should be right
+
+
+class Curves:
+    """One training set-up, over its seeds: arrays over the measured epochs.
+
+    Attributes:
+      name: of the set-up, in words.
+      epochs, loss: those measured; the mean training loss, of that at the start.
+      gap, se: of the mean over seeds, with the error that seeds and the test set leave.
+      predicted: name -> `(mean, standard error)`, of the predictions that there are.
+    """
+
+    def __init__(self, name, records):
+        self.name = name
+        seeds = list(by(records, "seed").values())
+        complete = min(map(len, seeds))
+        self.epochs = column(seeds[0], "epoch")[:complete]
+
+        def over_seeds(field):
+            return np.array([column(seed, field)[:complete] for seed in seeds])
+
+        losses = over_seeds("train_loss")
+        self.loss = losses.mean(0) / losses[:, :1].mean(0)
+        self.gap, self.se = _mean(over_seeds("gap"), over_seeds("gap_se"))
+        self.predicted = {}
+        for field in PREDICTIONS:
+            values = over_seeds(field)
+            if np.isfinite(values).any():
+                within = over_seeds(f"{field}_se") if field in ("twins", "folds") else 0 * values
+                self.predicted[field] = _mean(values, within)
+
+    def at(self, left) -> int | None:
+        """The first measurement at which no more than this of the training loss is left."""
+        below = np.flatnonzero(self.loss <= left)
+        return int(below[0]) if len(below) else None
+
+    def ratio(self, field, i) -> float:
+        return float(self.predicted[field][0][i] / self.gap[i])
+
+    def right_until(self, field) -> float:
+        """The training loss left, of the start's, down to which the prediction is right."""
+        mean, se = self.predicted[field]
+        errors = 2 * np.hypot(se, self.se)
+        right = np.abs(mean - self.gap) <= np.maximum(NEAR * np.abs(self.gap), errors)
+        wrong = np.flatnonzero(~right[1:]) + 1
+        last = wrong[0] - 1 if len(wrong) else len(right) - 1
+        return float(self.loss[last])
+
+
+def _mean(values, within):
+    """Mean over seeds, and its error: of the seeds' spread, or of one seed its own."""
+    if len(values) > 1:
+        return values.mean(0), values.std(0, ddof=1) / len(values) ** 0.5
+    return values[0], within[0]
+
+
+def set_ups(records) -> list[Curves]:
+    """The curves of each training set-up."""
+    groups: dict = {}
+    for r in records:
+        groups.setdefault((r["n"], r["p_random"], r["optimizer"], r["batch_size"]), []).append(r)
+    several = [len({key[i] for key in groups}) > 1 for i in range(4)]
+    found = []
+    for (n, p, optimizer, size), group in groups.items():
+        batches = f"batches of {size}" if size else "full batch"
+        words = [f"n = {n}", f"{p:.0%} random labels", optimizer, batches]
+        name = ", ".join(w for w, k in zip(words, several) if k) or ", ".join(words)
+        found.append(Curves(name, group))
+    return found
+
+
+def summary(records: list[dict]) -> dict:
+    """Per set-up: the ratio predicted over measured, and how long each prediction is right.
+
+    Returns:
+      `{set-up: {prediction: {"ratio": {training loss left: ratio}, "right_until": loss left}}}`.
+    """
+    result = {}
+    for curves in set_ups(records):
+        result[curves.name] = {
+            field: {
+                "ratio": {
+                    str(left): curves.ratio(field, i)
+                    for left in LEFT
+                    if (i := curves.at(left)) is not None
+                },
+                "right_until": curves.right_until(field),
+            }
+            for field in curves.predicted
+        }
+    return result
+
+
+def table(records: list[dict]) -> str:
+    """The summary for a terminal."""
+    lines = [
+        "predicted over measured gap where so much of the training loss is left; and down to which "
+        "of it the prediction is right, within 30% or two standard errors"
+    ]
+    header = "".join(f"{left:>7.0%}" for left in LEFT)
+    for curves in set_ups(records):
+        lines += ["", f"{curves.name:<46}{header}  right until"]
+        gaps = [_number(curves.gap, curves.at(left), ".3f") for left in LEFT]
+        lines.append(f"  {'measured gap':<44}{''.join(gaps)}")
+        for field in curves.predicted:
+            ratios = [
+                f"{curves.ratio(field, i):7.2f}"
+                if (i := curves.at(left)) is not None
+                else "      -"
+                for left in LEFT
+            ]
+            until = f"{curves.right_until(field):.0%}"
+            lines.append(f"  {PREDICTIONS[field]:<44}{''.join(ratios)}  {until:>11}")
+    return "\n".join(lines)
+
+
+def _number(values, i, form):
+    return "      -" if i is None else f"{values[i]:7{form}}"
+
+
+def claims(records: list[dict]) -> list[Claim]:
+    """Which prediction holds until the training loss has halved, over all set-ups."""
+    curves = [c for c in set_ups(records) if len(c.epochs) > 1 and c.at(0.9) is not None]
+    found = []
+    for field, name in PREDICTIONS.items():
+        among = [c for c in curves if field in c.predicted]
+        if not among:
+            continue
+        reached = [max(AIM, float(c.loss.min())) for c in among]
+        right = [c.right_until(field) <= aim + 1e-9 for c, aim in zip(among, reached)]
+        ratios = [c.ratio(field, i) for c in among if (i := c.at(AIM)) is not None]
+        told = (
+            f"predicted over measured {min(ratios):.2f} to {max(ratios):.2f} where half of the "
+            "training loss is left; "
+            if ratios
+            else ""
+        )
+        found.append(
+            Claim(
+                "beyond the paper",
+                f"The gap is predicted until the training loss has halved by: {name}",
+                "(14), of one step [derived]" if field == "first_order" else "not in the paper",
+                f"{told}right all the way in {sum(right)} of {len(right)} set-ups",
+                verdict(all(right), sum(right) >= len(right) / 2),
+                WHY.get(field, ""),
+            )
+        )
+    return found
+
+
+WHY = {
+    "first_order": (
+        "each step's term is right to first order; their sum supposes that what a step fits of the "
+        "noise stays, while later steps undo most of it along sharp directions"
+    ),
+    "folds": (
+        "needs K trainings; the models without a K-th see fewer examples, which is corrected as if "
+        "the gap went as 1/N"
+    ),
+}
+
+
+def figure(records: list[dict]) -> plt.Figure:
+    """A panel a set-up: the gap as measured and as predicted, on a logarithmic axis."""
+    curves = set_ups(records)
+    columns = min(len(curves), 3)
+    rows = -(-len(curves) // columns)
+    drawn, axes = plt.subplots(
+        rows,
+        columns,
+        figsize=(4.4 * columns + 0.4, 3.6 * rows + 0.9),
+        squeeze=False,
+        layout="constrained",
+    )
+    for axis, one in zip(axes.flat, curves):
+        after = slice(min(1, len(one.epochs) - 1), None)  # at the start all is zero
+        axis.plot(one.epochs[after], one.gap[after], color="0.15", linewidth=2.2, label="measured")
+        _band(axis, one.epochs[after], one.gap[after], one.se[after], "0.15")
+        for field, (mean, se) in one.predicted.items():
+            look = {"color": COLOURS[field], "linewidth": 1.5, "label": PREDICTIONS[field]}
+            axis.plot(one.epochs[after], mean[after], **look)
+            _band(axis, one.epochs[after], mean[after], se[after], COLOURS[field])
+        half = one.at(AIM)
+        if half is not None:
+            axis.axvline(one.epochs[half], color="0.6", linestyle=":", linewidth=1)
+            axis.text(
+                one.epochs[half],
+                0.02,
+                " loss halved",
+                transform=axis.get_xaxis_transform(),
+                fontsize=8,
+                color="0.4",
+            )
+        top = max(np.nanmax(v[0][after]) for v in [(one.gap,), *one.predicted.values()])
+        axis.set(yscale="log", xlabel="epoch", ylabel="generalisation gap")
+        axis.set_ylim(max(np.nanmax(one.gap) / 300, 1e-6), max(top * 1.5, 1e-5))
+        axis.set_title(one.name, fontsize=10)
+        axis.grid(alpha=0.25)
+    for axis in axes.flat[len(curves) :]:
+        axis.set_visible(False)
+    handles = {}
+    for axis in axes.flat[: len(curves)]:
+        handles |= dict(zip(*reversed(axis.get_legend_handles_labels())))
+    drawn.legend(
+        handles.values(), handles.keys(), loc="outside lower center", ncols=2, frameon=False
+    )
+    first = records[0]
+    drawn.suptitle(
+        f"{first['dataset']}, {first['model']}: the gap predicted from the training set",
+        fontsize=12,
+    )
+    return drawn
+
+
+def _band(axis, x, mean, se, colour):
+    if np.isfinite(se).any():
+        low = np.maximum(mean - 2 * se, 1e-9)
+        axis.fill_between(x, low, mean + 2 * se, color=colour, alpha=0.15, linewidth=0)

@@ -1,0 +1,116 @@
+"""The settings of `gap`, and the configurations that they make."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Annotated, NamedTuple
+
+from tf_gsnr.experiments.framework.settings import (
+    POSITIVE,
+    PROBABILITY,
+    SHARED,
+    Range,
+    Setting,
+    at_least,
+    complete,
+)
+
+GRID = ("n", "p_random", "optimizer", "batch_size", "repeats")
+OPTIMIZERS = ("sgd", "momentum", "adam")
+STEP, MEASUREMENT = 3, 4  # of an example, in forward passes
+
+
+class Settings(NamedTuple):
+    """All that the records depend on; all [ours]."""
+
+    dataset: str = "mnist"
+    model: str = "mnist_cnn"
+    n: list[int] = [1000]
+    p_random: list[float] = [0.0]
+    width: int = 6
+    optimizer: Annotated[
+        list[str],
+        Setting(
+            "How the models train: sgd; momentum, 0.9 with a tenth of the rate; adam.",
+            Range(f"one of {', '.join(OPTIMIZERS)}", OPTIMIZERS.__contains__),
+        ),
+    ] = ["sgd"]
+    learning_rate: float = 0.05
+    adam_rate: Annotated[float, Setting("The learning rate of adam.", POSITIVE)] = 0.001
+    batch_size: Annotated[
+        list[int], Setting("Examples of a step; 0: all, full-batch descent.", at_least(0))
+    ] = [50]
+    epochs: int = 20
+    every: int = 1
+    folds: Annotated[
+        int,
+        Setting(
+            "K, the parts of which each model of the cross-validation lacks one.", at_least(2, 100)
+        ),
+    ] = 5
+    twins: Annotated[int, Setting("How many pairs of twins.", at_least(2, 100))] = 4
+    eta: Annotated[
+        float, Setting("By how much the weights of the twins' examples differ from 1.", PROBABILITY)
+    ] = 0.1
+    curvature: Annotated[
+        bool,
+        Setting(
+            "Propagate the covariance of the weights with the Gauss-Newton matrix, too: regression "
+            "by full-batch sgd, of up to 500 parameters."
+        ),
+    ] = False
+    probe: Annotated[
+        int, Setting("Training examples whose gradients are measured, at most.", at_least(2))
+    ] = 1000
+    test_size: int | None = None
+    toy_input_scale: float = 1.0
+    toy_noise_scale: Annotated[float, SHARED["toy_noise_scale"]] = 0.01
+    repeats: int = 3
+    seed: int = 0
+
+
+def settings(**given) -> Settings:
+    """The settings given, completed by the defaults.
+
+    Raises:
+      ValueError: a value that no run can have.
+    """
+    chosen = complete(Settings, given)
+    if chosen.eta == 0:
+        raise ValueError("--eta=0: expected more than 0, or twins are the same")
+    for size in chosen.batch_size:
+        if size > min(chosen.n):
+            raise ValueError(f"--batch_size={size}: expected at most n = {min(chosen.n)}")
+    if chosen.folds > min(chosen.n) // 2:
+        raise ValueError(f"--folds={chosen.folds}: expected at most half of n = {min(chosen.n)}")
+    if chosen.curvature and (set(chosen.optimizer) != {"sgd"} or set(chosen.batch_size) != {0}):
+        raise ValueError("--curvature=True: expected --optimizer=sgd and --batch_size=0")
+    return chosen
+
+
+def configurations(settings: Settings) -> list[dict]:
+    """Every size, label noise, optimiser, batch size and seed."""
+    seeds = range(settings.seed, settings.seed + settings.repeats)
+    grid = itertools.product(
+        settings.n, settings.p_random, settings.optimizer, settings.batch_size, seeds
+    )
+    names = ("n", "p_random", "optimizer", "batch_size", "seed")
+    return [dict(zip(names, values)) for values in grid]
+
+
+def epochs(settings: Settings) -> list[int]:
+    """Those measured, 0 before training."""
+    return list(range(0, settings.epochs + 1, settings.every))
+
+
+def models(settings: Settings) -> int:
+    """How many models a configuration trains: the one, its folds, its twins."""
+    return 1 + settings.folds + 2 * settings.twins
+
+
+def work(configuration: dict, settings: Settings) -> float:
+    """Forward passes of an example."""
+    n, test = configuration["n"], settings.test_size or 10_000
+    measured = settings.epochs // settings.every + 1
+    of_one = STEP * n * settings.epochs + measured * (n + test)
+    return models(settings) * of_one + measured * MEASUREMENT * min(n, settings.probe)
