@@ -97,7 +97,7 @@ def test_looking_at_a_run_needs_no_tensorflow():
         "tf_gsnr.shown",
         "tf_gsnr.status.figure",
     ]
-    for name in ("osgr", "dynamics", "freezing", "weights"):
+    for name in ("osgr", "dynamics", "freezing", "weights", "ranking"):
         modules += [f"tf_gsnr.experiments.{name}.{file}" for file in ("settings", "figure")]
     code = f"import sys, {', '.join(modules)}; sys.exit('tensorflow' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
