@@ -11,7 +11,7 @@ from tf_gsnr.experiments.framework.experiment import Diverged, Workbench
 from tf_gsnr.experiments.ranking import correlations, figure
 from tf_gsnr.experiments.ranking import run as ranking
 from tf_gsnr.experiments.ranking.correlations import COMPARISONS, KINDS, correlation
-from tf_gsnr.plots.claims import FAILS, HOLDS
+from tf_gsnr.plots.claims import FAILS, HOLDS, PARTLY
 
 RANKING = experiments.load("ranking")
 
@@ -113,6 +113,11 @@ def test_a_descent_that_diverges_ends_there(traced):
         list(ranking.run(RANKING.configurations(settings)[0], settings, bench(traced)))
 
 
+@pytest.fixture(autouse=True)
+def few_draws(monkeypatch):
+    monkeypatch.setattr(correlations, "DRAWS", 200)
+
+
 def made_up(seeds=3):
     """Records of which it is known what ranks what."""
     rng, rows = np.random.default_rng(0), []
@@ -153,6 +158,7 @@ def test_correlations_of_what_is_known():
     assert found("gsnr_mean", "noise_beyond").value < -0.9
     assert found("same_sign", "noise_beyond").sign == 0
     assert found("gradient_norm", "noise").sign == 1
+    assert found("gsnr_of_sums", "setup").value < -0.5
     assert np.isnan(found("gradient_norm", "noise_beyond").value)  # the curve, by another name
     assert np.isnan(found("curve", "beyond").value) and str(found("curve", "beyond")) == "not known"
     again, other = found("gsnr_mean", "noise"), found("gradient_variance", "noise")
@@ -165,8 +171,10 @@ def test_claims_follow_the_numbers():
     names = list(correlations.QUANTITIES)
     verdicts = dict(zip(names, (c.verdict for c in figure.claims(made_up()))))
     assert verdicts["gsnr_mean"] == HOLDS and verdicts["gradient_variance"] == HOLDS
-    assert verdicts["gsnr_of_sums"] == verdicts["same_sign"] == FAILS
-    assert verdicts["curve"] == HOLDS
+    assert verdicts["gsnr_of_sums"] == PARTLY  # the label noise, and no set-up
+    assert verdicts["same_sign"] == FAILS and verdicts["curve"] == HOLDS
+    mean = figure.claims(made_up())[0].ours
+    assert mean.count("as expected in 3 of 3") == 2 and "other way" not in mean
     assert figure.claims(made_up()[:3]) == []
 
 
@@ -174,11 +182,11 @@ def test_claims_follow_the_numbers():
 def test_figure_table_and_summary(rows, records):
     rows = {"made up": made_up(), "toy": records, "one": records[:1]}[rows]
     drawn = RANKING.figure(rows)
-    assert len(drawn.axes) == 2 * len(correlations.QUANTITIES) + 2
+    assert len(drawn.axes) == 3 * (len(correlations.QUANTITIES) + 1)
     summary = RANKING.summary(rows)
     assert summary["trainings"] == len(rows)
     assert len(summary["same_loss"]["gap_error"]["gsnr_mean"]["noise"]) == 3
-    assert "at the same training loss" in RANKING.table(rows)
+    assert "at the same training losses" in RANKING.table(rows)
 
 
 def test_bad_settings_are_named():

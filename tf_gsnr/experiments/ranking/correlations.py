@@ -1,7 +1,9 @@
 """How each early quantity ranks the gap at the end: rank correlations, each with its interval.
 
-A rank correlation over all trainings says little: label noise alone ranks almost everything. So
-each is also taken where a part of the configuration is held, and given what the loss curve tells
+A rank correlation over all trainings says little: label noise alone ranks almost everything, and
+what noisier labels do to a quantity may be the opposite of what a higher learning rate does. So two
+questions are apart: with width, learning rate and batch size held, do noisier labels show? With the
+label noise held, does the set-up that will generalise? Each also given what the loss curve tells
 anyway. Intervals are of a bootstrap over configurations, seeds kept together: they say how much
 depends on the configurations that were tried, not on the data set or the kind of network.
 """
@@ -49,10 +51,13 @@ class Comparison(NamedTuple):
 
 COMPARISONS = {
     "same_epoch": Comparison(
-        "early_epoch", "final_epoch", "train_loss", "training loss", "at the same epoch"
+        "early_epoch", "final_epoch", "train_loss", "training loss", "at the same epochs"
+    ),
+    "epoch_to_loss": Comparison(
+        "early_epoch", "final_loss", "train_loss", "training loss", "from an epoch to a loss"
     ),
     "same_loss": Comparison(
-        "early_loss", "final_loss", "epoch", "epochs to get there", "at the same training loss"
+        "early_loss", "final_loss", "epoch", "epochs to get there", "at the same training losses"
     ),
 }
 
@@ -76,11 +81,12 @@ class Kind(NamedTuple):
 SETUP = ("width", "learning_rate", "batch_size")
 KINDS = {
     "overall": Kind("overall"),
-    "noise": Kind("at each label noise", ("p_random",)),
+    "beyond": Kind("overall, beyond the loss curve", beyond=True),
     "setup": Kind("at each width, rate and batch size", SETUP, unit=SETUP),
+    "setup_beyond": Kind("the same, beyond the loss curve", SETUP, True, SETUP),
+    "noise": Kind("at each label noise", ("p_random",)),
+    "noise_beyond": Kind("the same, beyond the loss curve", ("p_random",), True),
     "noise_rate": Kind("at each label noise and rate", ("p_random", "learning_rate")),
-    "beyond": Kind("beyond the loss curve", beyond=True),
-    "noise_beyond": Kind("beyond the loss curve, at each label noise", ("p_random",), True),
 }
 
 

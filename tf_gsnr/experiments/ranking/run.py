@@ -185,9 +185,14 @@ def _order(seed, n, size, total):
 
 
 def _batches(x, y, order):
+    """The batches one after the other, without a thread: where a training ends before its data,
+    TensorFlow 2.21 sometimes waits for ever for those that read ahead."""
     x, y = tf.constant(x), tf.constant(y)
     rows = tf.data.Dataset.from_tensor_slices(order)
-    return rows.map(lambda i: (tf.gather(x, i), tf.gather(y, i))).prefetch(4)
+    options = tf.data.Options()
+    options.autotune.enabled = False
+    options.experimental_optimization.apply_default_optimizations = False
+    return rows.map(lambda i: (tf.gather(x, i), tf.gather(y, i))).with_options(options)
 
 
 def _of_gradients(moments, n):
