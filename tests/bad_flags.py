@@ -21,6 +21,9 @@ from tf_gsnr.experiments.framework.settings import fields
 
 CLASSES = ["--dataset=bad_flags:blobs", "--n=20"]  # of the others
 SMALL = {
+    "jagged": ["--dataset=bad_flags:blobs", "--n=40", "--probe=5", "--batch_size=1"],
+    "ranking": [*CLASSES, "--batch_size=5"],
+    "gap": [*CLASSES, "--model=logistic_regression", "--batch_size=5", "--folds=2"],
     "osgr": ["--dataset=toy", "--n=20", "--width=4", "--training_sets=2", "--test_size=50"],
     "freezing": ["--n=20"],
     "weights": ["--dataset=toy", "--n=20", "--width=4", "--epochs=4"],

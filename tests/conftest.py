@@ -11,8 +11,8 @@ import pytest  # noqa: E402
 # The files that take most of the time; `make test-fast` leaves them out.
 SLOW = """
 callback data devices distributed dynamics ensemble equality gap keras_hub large_layers layerwise
-lifecycle docs_code main model osgr osgr_cifar random_compositions recurrent recorder report sample
-situations situations_moments sums threads trust
+lifecycle docs_code main model osgr osgr_cifar random_compositions ranking recurrent recorder report
+sample situations situations_moments sums threads trust
 """.split()
 
 

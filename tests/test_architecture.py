@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import tf_gsnr
+from tf_gsnr import experiments
 
 PACKAGE = Path(tf_gsnr.__file__).parent
 PAGE = PACKAGE.parent / "ARCHITECTURE.md"
@@ -97,7 +98,7 @@ def test_looking_at_a_run_needs_no_tensorflow():
         "tf_gsnr.shown",
         "tf_gsnr.status.figure",
     ]
-    for name in ("osgr", "dynamics", "jagged", "freezing", "weights"):
+    for name in experiments.EXPERIMENTS:
         modules += [f"tf_gsnr.experiments.{name}.{file}" for file in ("settings", "figure")]
     code = f"import sys, {', '.join(modules)}; sys.exit('tensorflow' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -67,6 +67,16 @@ def test_every_experiment_can_be_tried(experiment, monkeypatch):
         "jagged": dict(model="mlp", n=80, probe=20, width=4, epochs=2, batch_size=2, repeats=1),
         "freezing": dict(dataset="toy", n=20, repeats=1, test_size=40),
         "weights": dict(dataset="toy", n=20, width=4, epochs=6, every=2, term_every=2, repeats=1),
+        "gap": dict(
+            **dict(dataset="toy", model="toy_mlp", n=[20], batch_size=[0], width=4, epochs=4),
+            **dict(folds=2, twins=2, repeats=1, test_size=40),
+        ),
+        "ranking": dict(
+            **dict(model="toy_mlp", n=20, batch_size=[10], width=[4], epochs=3, most_steps=60),
+            **dict(
+                learning_rate=[0.1], p_random=[0.5], repeats=1, early_loss=1e-3, final_loss=1e-4
+            ),
+        ),
     }[experiment]
     module = experiments.load(experiment)
     settings = module.settings(**small)

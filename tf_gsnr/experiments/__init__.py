@@ -12,7 +12,7 @@ import importlib
 from tf_gsnr import lookup
 from tf_gsnr.experiments.framework.experiment import PARTS
 
-EXPERIMENTS = ("osgr", "dynamics", "jagged", "freezing", "weights", "gap")
+EXPERIMENTS = ("osgr", "dynamics", "jagged", "freezing", "weights", "gap", "ranking")
 _FILES = {"run": "run", "check": "run", "STRATEGIES": "run"}
 _FILES |= dict.fromkeys(("summary", "table", "figure", "claims"), "figure")  # others: settings
 

@@ -221,7 +221,11 @@ def figure(records: list[dict]) -> plt.Figure:
     for axis in axes.flat[: len(curves)]:
         handles |= dict(zip(*reversed(axis.get_legend_handles_labels())))
     drawn.legend(
-        handles.values(), handles.keys(), loc="outside lower center", ncols=2, frameon=False
+        handles=list(handles.values()),
+        labels=list(handles),
+        loc="outside lower center",
+        ncols=2,
+        frameon=False,
     )
     first = records[0]
     drawn.suptitle(

@@ -91,8 +91,8 @@ def run(configuration: dict, settings: Settings, workbench) -> Iterator[dict]:
     for i, epoch in enumerate(epochs(settings)):
         train, tests = one.train[i], one.test[i]
         gaps = (tests - one.test[0], train - one.train[0])
-        held = [_gap_of_fold(m, part == k, i) for k, m in enumerate(folds)]
-        held = np.array(held) * (settings.folds - 1) / settings.folds
+        gaps_of_folds = [_gap_of_fold(m, part == k, i) for k, m in enumerate(folds)]
+        held = np.array(gaps_of_folds) * (settings.folds - 1) / settings.folds
         twins = np.array(
             [
                 np.mean(e * (b.train[i] - a.train[i])) / (2 * settings.eta)

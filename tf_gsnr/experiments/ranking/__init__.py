@@ -1,0 +1,1 @@
+"""Whether what gradients show early in training ranks the gap at its end."""
