@@ -54,7 +54,9 @@ class Curves:
         return int(below[0]) if len(below) else None
 
     def ratio(self, field, i) -> float:
-        return float(self.predicted[field][0][i] / self.gap[i])
+        """Predicted over measured gap; NaN where the gap cannot be told from zero."""
+        told = self.gap[i] > 2 * self.se[i]
+        return float(self.predicted[field][0][i] / self.gap[i]) if told else float("nan")
 
     def right_until(self, field) -> float:
         """The training loss left, of the start's, down to which the prediction is right."""
@@ -67,10 +69,10 @@ class Curves:
 
 
 def _mean(values, within):
-    """Mean over seeds, and its error: of the seeds' spread, or of one seed its own."""
-    if len(values) > 1:
-        return values.mean(0), values.std(0, ddof=1) / len(values) ** 0.5
-    return values[0], within[0]
+    """Mean over seeds, and its error: of their spread, or of each seed's own, if that is larger."""
+    n = len(values)
+    own = np.sqrt((within**2).mean(0) / n)
+    return values.mean(0), np.maximum(own, values.std(0, ddof=1) / n**0.5) if n > 1 else own
 
 
 def set_ups(records) -> list[Curves]:
@@ -114,7 +116,8 @@ def table(records: list[dict]) -> str:
     """The summary for a terminal."""
     lines = [
         "predicted over measured gap where so much of the training loss is left; and down to which "
-        "of it the prediction is right, within 30% or two standard errors"
+        "of it the prediction is right, within 30% or two standard errors (nan: the gap cannot be "
+        "told from zero there)"
     ]
     header = "".join(f"{left:>7.0%}" for left in LEFT)
     for curves in set_ups(records):
@@ -148,6 +151,7 @@ def claims(records: list[dict]) -> list[Claim]:
         reached = [max(AIM, float(c.loss.min())) for c in among]
         right = [c.right_until(field) <= aim + 1e-9 for c, aim in zip(among, reached)]
         ratios = [c.ratio(field, i) for c in among if (i := c.at(AIM)) is not None]
+        ratios = [ratio for ratio in ratios if np.isfinite(ratio)]
         told = (
             f"predicted over measured {min(ratios):.2f} to {max(ratios):.2f} where half of the "
             "training loss is left; "
@@ -220,13 +224,7 @@ def figure(records: list[dict]) -> plt.Figure:
     handles = {}
     for axis in axes.flat[: len(curves)]:
         handles |= dict(zip(*reversed(axis.get_legend_handles_labels())))
-    drawn.legend(
-        handles=list(handles.values()),
-        labels=list(handles),
-        loc="outside lower center",
-        ncols=2,
-        frameon=False,
-    )
+    drawn.legend(handles=list(handles.values()), loc="outside lower center", ncols=2, frameon=False)
     first = records[0]
     drawn.suptitle(
         f"{first['dataset']}, {first['model']}: the gap predicted from the training set",

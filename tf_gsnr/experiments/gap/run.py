@@ -110,7 +110,8 @@ def run(configuration: dict, settings: Settings, workbench) -> Iterator[dict]:
             "train_loss": float(train.mean()),
             "test_loss": float(tests.mean()),
             "gap": float(gaps[0].mean() - gaps[1].mean()),
-            "gap_se": float(gaps[0].std(ddof=1) / len(tests) ** 0.5),
+            # Of test set and training set as draws: the expected gap is that of any of them.
+            "gap_se": float(np.sqrt(sum(g.var(ddof=1) / len(g) for g in gaps))),
             **_with_error("folds", held),
             **_with_error("twins", twins),
             "first_order": one.first_order[i],
