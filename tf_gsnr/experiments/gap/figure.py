@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from tf_gsnr.plots.claims import Claim, verdict
@@ -224,7 +226,8 @@ def figure(records: list[dict]) -> plt.Figure:
     handles = {}
     for axis in axes.flat[: len(curves)]:
         handles |= dict(zip(*reversed(axis.get_legend_handles_labels())))
-    drawn.legend(handles=list(handles.values()), loc="outside lower center", ncols=2, frameon=False)
+    place: Any = "outside lower center"
+    drawn.legend(handles=list(handles.values()), loc=place, ncols=2, frameon=False)
     first = records[0]
     drawn.suptitle(
         f"{first['dataset']}, {first['model']}: the gap predicted from the training set",
