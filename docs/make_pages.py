@@ -1,12 +1,11 @@
 """Makes docs/api.md and docs/numbers.md of what the code says of itself.
 
-And the README's table of results of RESULTS.md: `python docs/make_pages.py`.
+And the README's list of runs of RESULTS.md: `python docs/make_pages.py`.
 """
 
 from __future__ import annotations
 
 import inspect
-import itertools
 import os
 import re
 import sys
@@ -99,22 +98,15 @@ def numbers() -> str:
 
 
 def results() -> str:
-    """The README, with the table of claims that stands in RESULTS.md, in short."""
+    """The README, with the list of runs and their verdicts that stands in RESULTS.md."""
     root = HERE.parent
     lines = (root / "RESULTS.md").read_text("utf-8").splitlines()
-    first = next(i for i, line in enumerate(lines) if line.startswith("|"))
-    rows = [
-        [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
-        for line in itertools.takewhile(lambda line: line.startswith("|"), lines[first:])
-    ]
-    left_out = {rows[0].index("run"), rows[0].index("command")}
-    table = [
-        f"| {' | '.join(cell for k, cell in enumerate(row) if k not in left_out)} |" for row in rows
-    ]
+    listed = [line for line in lines if re.match(r"- \[\w+\]\(#\w+\): ", line)]
+    listed = [line.replace("](#", "](RESULTS.md#") for line in listed]
     text = (root / "README.md").read_text("utf-8")
     begin = text.index("-->", text.index("<!-- results:")) + 4
     end = text.index("<!-- /results -->")
-    return text[:begin] + "\n" + "\n".join(table) + "\n\n" + text[end:]
+    return text[:begin] + "\n" + "\n".join(listed) + "\n\n" + text[end:]
 
 
 PAGES = {"docs/api.md": api, "docs/numbers.md": numbers, "README.md": results}
