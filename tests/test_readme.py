@@ -9,7 +9,8 @@ import numpy as np
 README = Path(__file__).parent.parent / "README.md"
 
 
-def test_the_readme_runs():
+def test_the_readme_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where its run directories go
     model = keras.Sequential([keras.Input([3]), keras.layers.Dense(2)])
     x = np.random.default_rng(0).normal(size=[20, 3]).astype("float32")
     names = {"model": model, "x": x, "y": x[:, :2]}
