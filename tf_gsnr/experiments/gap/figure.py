@@ -55,6 +55,12 @@ class Curves:
         below = np.flatnonzero(self.loss <= left)
         return int(below[0]) if len(below) else None
 
+    def is_told(self) -> bool:
+        """Whether the gap can be told from zero where the loss has halved, or is the lowest."""
+        i = self.at(AIM)
+        i = int(self.loss.argmin()) if i is None else i
+        return bool(self.gap[i] > 2 * self.se[i])
+
     def ratio(self, field, i) -> float:
         """Predicted over measured gap; NaN where the gap cannot be told from zero."""
         told = self.gap[i] > 2 * self.se[i]
@@ -143,8 +149,11 @@ def _number(values, i, form):
 
 
 def claims(records: list[dict]) -> list[Claim]:
-    """Which prediction holds until the training loss has halved, over all set-ups."""
-    curves = [c for c in set_ups(records) if len(c.epochs) > 1 and c.at(0.9) is not None]
+    """Which prediction holds until the training loss has halved.
+
+    Over the set-ups whose measured gap can be told from zero by then.
+    """
+    curves = [c for c in set_ups(records) if len(c.epochs) > 1 and c.is_told()]
     found = []
     for field, name in PREDICTIONS.items():
         among = [c for c in curves if field in c.predicted]
