@@ -4,6 +4,18 @@ from __future__ import annotations
 
 import numpy as np
 
+# By how many standard errors of a mean its 95% interval reaches, for 2, 3, ... seeds.
+STUDENT = (12.7, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.0)
+
+
+def student(seeds: int) -> float:
+    """By how many standard errors the 95% interval of a mean over seeds reaches (Student's t).
+
+    >>> student(4), student(100), student(1)
+    (3.18, 2.0, 2.0)
+    """
+    return STUDENT[min(seeds - 2, len(STUDENT) - 1)] if seeds > 1 else 2.0
+
 
 def pearson(x, y) -> float:
     """Pearson's correlation; NaN with fewer than three finite pairs, or where one does not vary.

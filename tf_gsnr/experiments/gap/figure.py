@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from tf_gsnr.experiments.framework.statistics import student
 from tf_gsnr.plots.claims import Claim, verdict
 from tf_gsnr.plots.style import by, column, plt
 
@@ -17,8 +18,8 @@ PREDICTIONS = {
 }
 COLOURS = {"first_order": "C3", "twins": "C0", "folds": "C2", "curvature": "C1"}
 LEFT = (0.9, 0.75, 0.5, 0.25)  # of the training loss at the start
-NEAR = 0.3  # a prediction is right within this, or within two standard errors
-AIM = 0.5  # of the training loss: until there a prediction should be right
+NEAR = 0.3  # a prediction is right within this, or within the 95% interval
+HALF = 0.5  # of the training loss
 
 
 class Curves:
@@ -29,11 +30,13 @@ class Curves:
       epochs, loss: those measured; the mean training loss, of that at the start.
       gap, se: of the mean over seeds, with the error that seeds and the test set leave.
       predicted: name -> `(mean, standard error)`, of the predictions that there are.
+      reach: standard errors of a 95% interval.
     """
 
     def __init__(self, name, records):
         self.name = name
         seeds = list(by(records, "seed").values())
+        self.reach = student(len(seeds))
         complete = min(map(len, seeds))
         self.epochs = column(seeds[0], "epoch")[:complete]
 
@@ -55,22 +58,23 @@ class Curves:
         below = np.flatnonzero(self.loss <= left)
         return int(below[0]) if len(below) else None
 
-    def is_told(self) -> bool:
-        """Whether the gap can be told from zero where the loss has halved, or is the lowest."""
-        i = self.at(AIM)
-        i = int(self.loss.argmin()) if i is None else i
-        return bool(self.gap[i] > 2 * self.se[i])
+    def told(self) -> np.ndarray:
+        """At which measurements the gap can be told from zero."""
+        return (self.gap > self.reach * self.se) & (self.epochs > 0)
 
     def ratio(self, field, i) -> float:
         """Predicted over measured gap; NaN where the gap cannot be told from zero."""
-        told = self.gap[i] > 2 * self.se[i]
-        return float(self.predicted[field][0][i] / self.gap[i]) if told else float("nan")
+        return float(self.predicted[field][0][i] / self.gap[i]) if self.told()[i] else float("nan")
+
+    def is_right(self, field) -> np.ndarray:
+        """At which measurements it is right: within `NEAR`, or the difference's 95% interval."""
+        mean, se = self.predicted[field]
+        errors = self.reach * np.hypot(se, self.se)
+        return np.abs(mean - self.gap) <= np.maximum(NEAR * np.abs(self.gap), errors)
 
     def right_until(self, field) -> float:
         """The training loss left, of the start's, down to which the prediction is right."""
-        mean, se = self.predicted[field]
-        errors = 2 * np.hypot(se, self.se)
-        right = np.abs(mean - self.gap) <= np.maximum(NEAR * np.abs(self.gap), errors)
+        right = self.is_right(field)
         wrong = np.flatnonzero(~right[1:]) + 1
         last = wrong[0] - 1 if len(wrong) else len(right) - 1
         return float(self.loss[last])
@@ -124,8 +128,8 @@ def table(records: list[dict]) -> str:
     """The summary for a terminal."""
     lines = [
         "predicted over measured gap where so much of the training loss is left; and down to which "
-        "of it the prediction is right, within 30% or two standard errors (nan: the gap cannot be "
-        "told from zero there)"
+        "of it the prediction is right, within 30% or 95% intervals (nan: the gap cannot be told "
+        "from zero there)"
     ]
     header = "".join(f"{left:>7.0%}" for left in LEFT)
     for curves in set_ups(records):
@@ -149,32 +153,24 @@ def _number(values, i, form):
 
 
 def claims(records: list[dict]) -> list[Claim]:
-    """Which prediction holds until the training loss has halved.
-
-    Over the set-ups whose measured gap can be told from zero by then.
-    """
-    curves = [c for c in set_ups(records) if len(c.epochs) > 1 and c.is_told()]
+    """Which prediction holds, over the measurements whose gap can be told from zero."""
+    curves = [c for c in set_ups(records) if c.told().any()]
     found = []
     for field, name in PREDICTIONS.items():
         among = [c for c in curves if field in c.predicted]
         if not among:
             continue
-        reached = [max(AIM, float(c.loss.min())) for c in among]
-        right = [c.right_until(field) <= aim + 1e-9 for c, aim in zip(among, reached)]
-        ratios = [c.ratio(field, i) for c in among if (i := c.at(AIM)) is not None]
-        ratios = [ratio for ratio in ratios if np.isfinite(ratio)]
-        told = (
-            f"predicted over measured {min(ratios):.2f} to {max(ratios):.2f} where half of the "
-            "training loss is left; "
-            if ratios
-            else ""
-        )
+        right = [bool(c.is_right(field)[c.told()].all()) for c in among]
+        ratios = [c.ratio(field, i) for c in among for i in np.flatnonzero(c.told())]
+        left = np.concatenate([c.loss[c.told()] for c in among])
+        where = f"with {left.max():.0%} to {left.min():.0%} of the training loss left"
         found.append(
             Claim(
                 "beyond the paper",
-                f"The gap is predicted until the training loss has halved by: {name}",
+                f"The gap is predicted through training by: {name}",
                 "(14), of one step [derived]" if field == "first_order" else "not in the paper",
-                f"{told}right all the way in {sum(right)} of {len(right)} set-ups",
+                f"predicted over measured {min(ratios):.2f} to {max(ratios):.2f} where the gap can be "
+                f"told from zero, {where}; right all the way in {sum(right)} of {len(right)} set-ups",
                 verdict(all(right), sum(right) >= len(right) / 2),
                 WHY.get(field, ""),
             )
@@ -209,12 +205,12 @@ def figure(records: list[dict]) -> plt.Figure:
     for axis, one in zip(axes.flat, curves):
         after = slice(min(1, len(one.epochs) - 1), None)  # at the start all is zero
         axis.plot(one.epochs[after], one.gap[after], color="0.15", linewidth=2.2, label="measured")
-        _band(axis, one.epochs[after], one.gap[after], one.se[after], "0.15")
+        _band(axis, one.epochs[after], one.gap[after], one.reach * one.se[after], "0.15")
         for field, (mean, se) in one.predicted.items():
             look = {"color": COLOURS[field], "linewidth": 1.5, "label": PREDICTIONS[field]}
             axis.plot(one.epochs[after], mean[after], **look)
-            _band(axis, one.epochs[after], mean[after], se[after], COLOURS[field])
-        half = one.at(AIM)
+            _band(axis, one.epochs[after], mean[after], one.reach * se[after], COLOURS[field])
+        half = one.at(HALF)
         if half is not None:
             axis.axvline(one.epochs[half], color="0.6", linestyle=":", linewidth=1)
             axis.text(
@@ -245,7 +241,7 @@ def figure(records: list[dict]) -> plt.Figure:
     return drawn
 
 
-def _band(axis, x, mean, se, colour):
-    if np.isfinite(se).any():
-        low = np.maximum(mean - 2 * se, 1e-9)
-        axis.fill_between(x, low, mean + 2 * se, color=colour, alpha=0.15, linewidth=0)
+def _band(axis, x, mean, half, colour):
+    if np.isfinite(half).any():
+        low = np.maximum(mean - half, 1e-9)
+        axis.fill_between(x, low, mean + half, color=colour, alpha=0.15, linewidth=0)

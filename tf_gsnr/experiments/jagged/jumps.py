@@ -9,9 +9,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from tf_gsnr.experiments.framework.statistics import student
 from tf_gsnr.plots.style import over_seeds
-
-STUDENT = (12.7, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.0)  # for 2, 3, ... seeds
 
 
 def variance(values) -> np.ndarray:
@@ -81,5 +80,5 @@ def ratio(numerators, denominators) -> Ratio:
     """
     logarithms = np.log(np.asarray(numerators) / np.asarray(denominators))
     mean, se = over_seeds(logarithms)
-    half = se * STUDENT[min(len(logarithms) - 2, len(STUDENT) - 1)]
+    half = se * student(len(logarithms))
     return Ratio(*(float(v) for v in np.exp([mean, mean - half, mean + half])))
