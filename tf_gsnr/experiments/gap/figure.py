@@ -169,8 +169,9 @@ def claims(records: list[dict]) -> list[Claim]:
                 "beyond the paper",
                 f"The gap is predicted through training by: {name}",
                 "(14), of one step [derived]" if field == "first_order" else "not in the paper",
-                f"predicted over measured {min(ratios):.2f} to {max(ratios):.2f} where the gap can be "
-                f"told from zero, {where}; right all the way in {sum(right)} of {len(right)} set-ups",
+                f"predicted over measured {min(ratios):.2f} to {max(ratios):.2f} where the gap can "
+                f"be told from zero, {where}; right all the way in {sum(right)} of {len(right)} "
+                "set-ups",
                 verdict(all(right), sum(right) >= len(right) / 2),
                 WHY.get(field, ""),
             )
