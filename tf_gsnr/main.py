@@ -110,7 +110,6 @@ flags.DEFINE_integer(
     "only. Default: all of them, where the network has neither convolutions nor recurrent layers, "
     "for which it does not pay; else 1. benchmarks/experiments.py measures both.",
     lower_bound=1,
-    upper_bound=100_000,
 )
 flags.DEFINE_enum(
     "strategy",

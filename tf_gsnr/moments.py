@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow as tf
 
-from tf_gsnr import arrays, checks
+from tf_gsnr import arrays
 
 Array = Any  # a numpy array or a TensorFlow tensor
 
@@ -94,20 +94,11 @@ class Moments(NamedTuple):
           losses: `[n]`.
           valid: optional bool `[n]`; examples that are not valid (padding) count for nothing.
           sign_counts: whether to count signs.
-
-        Raises:
-          ValueError: gradients, losses or valid that differ in their number of examples.
         """
         gradients = [tf.convert_to_tensor(g) for g in gradients]
         losses = tf.cast(losses, tf.float64)
         if valid is None:
             valid = tf.ones(tf.shape(losses), tf.bool)
-        for name, value in (*(("gradients", g) for g in gradients), ("valid", valid)):
-            if not tf.TensorShape(value.shape)[:1].is_compatible_with(losses.shape):
-                raise ValueError(
-                    f"{name} has the shape {tuple(value.shape)} and losses {tuple(losses.shape)}: "
-                    "expected [n, ...] and [n]"
-                )
         count = tf.math.count_nonzero(valid, dtype=tf.int64)
         mean, m2, positives, negatives = [], [], [], []
         for g in gradients:
@@ -131,11 +122,7 @@ class Moments(NamedTuple):
             m2 = m2_a + m2_b + delta^2 n_a n_b / n
 
         Associative and commutative up to rounding; `Moments.empty` is neutral.
-
-        Raises:
-          ValueError: not moments of the same variables, or signs counted in one of them only.
         """
-        self.check_like(other)
         counts = self.count, other.count
         pairs = zip(zip(self.mean, self.m2), zip(other.mean, other.m2))
         merged = [pairwise(counts, *pair) for pair in pairs]
@@ -149,30 +136,13 @@ class Moments(NamedTuple):
             [a + b for a, b in zip(self.negatives, other.negatives)],
         )
 
-    def check_like(self, other):
-        """Raises ValueError unless these are moments of the same variables."""
-        checks.instance("other", other, Moments, "a tf_gsnr.Moments")
-        shapes = [[tuple(v.shape) for v in m.mean] for m in (self, other)]
-        if shapes[0] != shapes[1]:
-            raise ValueError(
-                f"moments of different variables, of the shapes {shapes[0]} and {shapes[1]}: "
-                "expected those of one model"
-            )
-        if len(self.positives) != len(other.positives):
-            raise ValueError("moments of which only one counts signs: measure both alike")
-
     def variance(self, ddof: int = 0) -> list:
         """Per variable, `m2 / (count - ddof)`: the sample-wise gradient variance rho^2.
 
         Args:
           ddof: 0 for the variance of these examples (the paper's estimators), 1 for the unbiased
             estimate of the variance of the distribution they were drawn from.
-
-        Raises:
-          ValueError: another ddof.
         """
-        if ddof not in (0, 1):
-            raise ValueError(f"ddof={ddof!r}: expected 0 or 1")
         return [v / arrays.like(v, self.count - ddof) for v in self.m2]
 
     def astype(self, dtype) -> Moments:

@@ -6,7 +6,8 @@ import pytest
 import tensorflow as tf
 
 import tf_gsnr
-from tf_gsnr.gradients import examples, fitting, network
+from tf_gsnr.gradients import examples, network
+from tf_gsnr.training import probe
 
 N = 10
 X = np.arange(N * 3, dtype="float32").reshape(N, 3)
@@ -361,22 +362,22 @@ def test_labels_outside_the_classes_are_named_by_output():
     heads = {"u": keras.layers.Dense(9)(inputs), "v": keras.layers.Dense(1)(inputs)}
     model, error = keras.Model(inputs, heads), ValueError("Received a label value of 9")
     with pytest.raises(ValueError, match="label of example 29 is 9; expected 0 to 8"):
-        fitting.check_labels(model, {"u": tf.constant(Y), "v": None}, 20, error)
-    fitting.check_labels(model, {"u": tf.constant(Y % 9), "v": tf.constant(X)}, 0, error)
-    fitting.check_labels(model, RAGGED, 0, error)
+        examples.check_labels(model, {"u": tf.constant(Y), "v": None}, 20, error)
+    examples.check_labels(model, {"u": tf.constant(Y % 9), "v": tf.constant(X)}, 0, error)
+    examples.check_labels(model, RAGGED, 0, error)
 
 
 def test_what_fits_a_model():
     model = keras.Sequential([keras.Input([3], batch_size=5), keras.layers.Dense(1)])
-    fitting.check_inputs(model, X, "x")
-    fitting.check_inputs(model, X[:, :, None], "x")
+    probe.check_fits(model, X, "x")
+    probe.check_fits(model, X[:, :, None], "x")
     with pytest.raises(ValueError, match=r"shape \(4,\), model .* takes \(3,\)"):
-        fitting.check_inputs(model, SPARSE, "x")
+        probe.check_fits(model, SPARSE, "x")
     with pytest.raises(ValueError, match="has 2 inputs, model .* takes 1"):
-        fitting.check_inputs(model, [X, None], "x")
+        probe.check_fits(model, [X, None], "x")
     held, *_ = examples.collect(tf.data.Dataset.from_tensors((X[:, :2], Y)))
     with pytest.raises(ValueError, match=r"shape \(2,\)"):
-        fitting.check_inputs(model, held, "x")
+        probe.check_fits(model, held, "x")
 
 
 def test_a_probe_set_that_is_a_dataset():

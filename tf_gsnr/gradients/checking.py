@@ -11,7 +11,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from tf_gsnr.gradients import conservation, examination, examples, fitting, losses, network
+from tf_gsnr.gradients import conservation, examination, examples, losses, network
 
 
 def examined(model, loss, batch, index, seeds, options) -> examination.Examined:
@@ -40,7 +40,7 @@ def examined(model, loss, batch, index, seeds, options) -> examination.Examined:
             contributions=options["contributions"],
         )
     except tf.errors.OpError as error:
-        fitting.check_labels(model, batch[1], index * examples.count(batch), error)
+        examples.check_labels(model, batch[1], index * examples.count(batch), error)
         if options["contributions"] or not _works_whole(model, loss, batch):
             raise
         raise ValueError(

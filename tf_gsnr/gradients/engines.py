@@ -37,7 +37,7 @@ def build(model, loss=None, *, engine: str = "auto", **options) -> contract.Meas
 
 
 def check_name(engine: str):
-    if not isinstance(engine, str) or engine != "auto" and engine not in ENGINES:
+    if engine != "auto" and engine not in ENGINES:
         names = ["auto", *sorted(ENGINES)]
         meant = lookup.suggestion(str(engine), names)
         raise ValueError(f"unknown engine {engine!r}{meant}; available: {', '.join(names)}")
@@ -54,7 +54,7 @@ def resolve_jit_compile(jit_compile: bool | str) -> bool:
 
     XLA makes convolutions 2.5 to 4.7 times slower on a CPU, the plain step included.
     """
-    if not isinstance(jit_compile, (bool, str)) or jit_compile not in (True, False, "auto"):
+    if jit_compile not in (True, False, "auto"):
         raise ValueError(f"jit_compile={jit_compile!r}: expected True, False or 'auto'")
     if jit_compile != "auto":
         return bool(jit_compile)

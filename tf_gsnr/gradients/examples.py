@@ -404,6 +404,32 @@ def collect(x, y=None, sample_weight=None) -> tuple:
 _ALL = 2**31 - 1
 
 
+def check_labels(model, y, start, error):
+    """Raises ValueError if the error comes of a label outside the classes, with its example.
+
+    Args:
+      y: the targets of a micro-batch that begins at example `start`.
+    """
+    if "label" not in str(error):
+        return
+    labels = tf.nest.flatten(y)
+    outputs = getattr(model, "outputs", None) or []
+    if len(outputs) != len(labels):  # not known which are whose
+        return
+    for one, output in zip(labels, outputs):
+        classes = output.shape[-1]
+        if not isinstance(one, tf.Tensor) or not one.dtype.is_integer or classes is None:
+            continue
+        one = one.numpy()
+        wrong = np.argwhere((one < 0) | (one >= classes))
+        if len(wrong):
+            n = int(wrong[0][0])
+            raise ValueError(
+                f"y: the label of example {start + n} is {one[tuple(wrong[0])]}; "
+                f"expected 0 to {classes - 1}, the model has {classes} outputs"
+            ) from error
+
+
 class NotFinite(ValueError):
     """A loss or a gradient is NaN or infinite; the message says of which example."""
 
@@ -423,9 +449,8 @@ def check_finite(model, moments, bad: int):
     for variable, mean, m2 in zip(model.trainable_variables, moments.mean, moments.m2):
         if not (np.isfinite(mean).all() and np.isfinite(m2).all()):
             raise NotFinite(
-                f"the gradient of {variable.path} is not finite, though every loss is: look for "
-                "NaN or inf in x, for a function without derivative at its input (sqrt or log at "
-                "0), or scale the loss"
+                f"the gradient of {variable.path} is not finite, though every loss is: look for a "
+                "function without derivative at its input (sqrt or log at 0), or scale the loss"
             )
 
 

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import keras
 import tensorflow as tf
 
-from tf_gsnr import keras_internals, lookup
+from tf_gsnr import keras_internals
 from tf_gsnr.gradients import examples
 from tf_gsnr.gradients.vectorized import example_map
 
@@ -95,15 +95,6 @@ def _compiled(model, loss):
             f"loss={loss!r}: expected a Keras loss, its name, or a callable "
             "(y_true, y_pred) -> [batch]"
         )
-    for leaf in leaves:
-        if isinstance(leaf, str):
-            try:
-                keras.losses.get(leaf)
-            except ValueError:
-                known = [name for name in dir(keras.losses) if not name.startswith("_")]
-                raise ValueError(
-                    f"loss={leaf!r}: Keras has none of that name{lookup.suggestion(leaf, known)}"
-                ) from None
     return _WithLoss(model, loss)
 
 

@@ -22,7 +22,6 @@ from tf_gsnr.gradients import (
     engines,
     examination,
     examples,
-    fitting,
     losses,
     network,
     onednn,
@@ -130,24 +129,22 @@ def gradient_moments(
     >>> int(moments.count), [v.shape for v in moments.variance()]
     (100, [(3, 1), (1,)])
     """
-    options: dict[str, Any] = dict(
-        sign_counts=sign_counts,
-        training=training,
-        batch_norm=batch_norm,
-        contributions=contributions,
-    )
-    check_options(
-        engine=engine,
-        batch_size=batch_size,
-        recalibrate=recalibrate,
-        seed=seed,
-        dtype=dtype,
-        jit_compile=jit_compile,
-        **options,
-    )
     tried = engines.tried(engine)
+    checks.positive_integer("batch_size", batch_size)
+    for name, value in (
+        ("sign_counts", sign_counts),
+        ("training", training),
+        ("contributions", contributions),
+        ("recalibrate", recalibrate),
+    ):
+        checks.boolean(name, value)
+    if seed is not None:
+        checks.integer("seed", seed)
     network.check(model)
     onednn.warn_if_off(model)
+    network.check_batch_norm(batch_norm)
+    if dtype not in (None, "float32", "float64"):
+        raise ValueError(f"dtype={dtype!r}: expected 'float32', 'float64' or None")
     if strategy is not None:
         distributed.check_strategy(strategy, model)
     if recalibrate and training and batch_norm == "batch":
@@ -164,13 +161,17 @@ def gradient_moments(
     given = examples.as_fit_gives_them(model, x, y, sample_weight, batch_size)
     if given[1] is None and not examples.is_stream(given[0]) and losses.needs_targets(model, loss):
         raise ValueError("y=None: expected the targets of x (only a dataset has its own)")
-    fitting.check_inputs(model, given[0], "x")
-    fitting.check_targets(model, y, sample_weight, loss)
     data = functools.partial(
         examples.micro_batches, *given, batch_size, fill=not coupled, size=fixed
     )
     windows = None if coupled else functools.partial(examples.windows, *given, batch_size, fixed)
     one_pass = examples.is_stream(given[0]) and not isinstance(given[0], tf.data.Dataset)
+    options = dict(
+        sign_counts=sign_counts,
+        training=training,
+        batch_norm=batch_norm,
+        contributions=contributions,
+    )
     compiled = engines.resolve_jit_compile(jit_compile)
     statistics: Any = contextlib.nullcontext()
     if recalibrate:
@@ -200,26 +201,6 @@ def gradient_moments(
                 unfit.unfit = True
             return moments.numpy()
     raise AssertionError("the last engine returns or raises")
-
-
-def check_options(
-    *, engine, batch_size, seed, dtype, jit_compile, batch_norm, recalibrate=False, **switches
-):
-    """Raises ValueError for an option of `gradient_moments` that is none, whatever the model.
-
-    Args:
-      **switches: those that are True or False.
-    """
-    engines.check_name(engine)
-    checks.positive_integer("batch_size", batch_size)
-    for name, value in (switches | {"recalibrate": recalibrate}).items():
-        checks.boolean(name, value)
-    if seed is not None:
-        checks.integer("seed", seed)
-    network.check_batch_norm(batch_norm)
-    if not isinstance(dtype, (str, type(None))) or dtype not in (None, "float32", "float64"):
-        raise ValueError(f"dtype={dtype!r}: expected 'float32', 'float64' or None")
-    engines.resolve_jit_compile(jit_compile)
 
 
 def chosen_engine(model, x, y, loss=None, engine: str = "auto") -> str:

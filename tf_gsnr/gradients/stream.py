@@ -11,17 +11,16 @@ import itertools
 import weakref
 from typing import Any
 
-import keras
 import numpy as np
 import tensorflow as tf
 from absl import logging
 
-from tf_gsnr import checks, keras_internals
+from tf_gsnr import keras_internals
 from tf_gsnr.gradients import (
     checking,
     distributed,
+    examples,
     fingerprint,
-    fitting,
     losses,
     network,
     sums,
@@ -50,7 +49,6 @@ class _Known:
 
 def forget(model):
     """Forgets all that is known of a model from earlier calls; the next one traces anew."""
-    checks.instance("model", model, keras.Model, "a keras.Model")
     _KNOWN.pop(model, None)
 
 
@@ -250,7 +248,7 @@ class Stream:
             return self._trace(step, arguments, batch)(*arguments, *batch)
         except tf.errors.InvalidArgumentError as error:
             rows = batch[-1].shape[-1]
-            fitting.check_labels(self.model, batch[1], index * rows, error)
+            examples.check_labels(self.model, batch[1], index * rows, error)
             raise
 
     def _trace(self, step, arguments, batch):

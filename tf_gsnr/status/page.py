@@ -13,7 +13,7 @@ import time
 from importlib import resources
 from pathlib import Path
 
-from tf_gsnr import checks, records
+from tf_gsnr import records
 from tf_gsnr.status import training as of_training
 from tf_gsnr.status import words
 
@@ -47,10 +47,6 @@ def page(run_dir, *more, output=None) -> Path:
     ...     tf_gsnr.page(runs + "/first").name
     'page.html'
     """
-    for path in (run_dir, *more):
-        checks.path("run_dir", path)
-    if output is not None:
-        checks.path("output", output)
     runs = [of_training.read(path) for path in (run_dir, *more)]
     if output is None:
         first = runs[0].path

@@ -53,8 +53,7 @@ def is_ours(name: str) -> bool:
 
 def check(argument: str, numbers):
     """Raises ValueError for what is no list of names of ours."""
-    listed = isinstance(numbers, (tuple, list, set, frozenset))
-    wrong = [n for n in numbers if not is_ours(str(n))] if listed else [numbers]
+    wrong = [numbers] if isinstance(numbers, str) else [n for n in numbers if not is_ours(str(n))]
     if wrong:
         raise ValueError(
             f"{argument}={numbers!r}: {wrong[0]!r} is none of our numbers; expected a tuple of "

@@ -15,8 +15,8 @@ from absl import logging
 
 from tf_gsnr import checks, keras_internals, metrics, shown
 from tf_gsnr.columns import columns
+from tf_gsnr.gradients import engines, losses, measure
 from tf_gsnr.gradients import examples as data
-from tf_gsnr.gradients import fitting, losses, measure
 from tf_gsnr.training import gap, probe, recorder, rows, schedule, tensorboard
 from tf_gsnr.training.recorder import Recorder
 
@@ -133,13 +133,13 @@ class GSNRCallback(keras.callbacks.Callback):
         self._due_epoch, self._due_step, self.cadence = _cadence(
             every_epochs, every_steps, schedule
         )
+        engines.check_name(engine)
+        checks.positive_integer("batch_size", batch_size)
         if examples is not None:
             checks.positive_integer("examples", examples)
         flags = {"per_layer": per_layer, "sign_counts": sign_counts, "overwrite": overwrite}
         for name, value in flags.items():
             checks.boolean(name, value)
-        if log_dir is not None:
-            checks.path("log_dir", log_dir)
         if keep not in KEPT:
             raise ValueError(f"keep={keep!r}: expected 'gsnr', or None")
         if keep and run_dir is None:
@@ -156,9 +156,6 @@ class GSNRCallback(keras.callbacks.Callback):
             seed=seed,
             dtype=dtype,
             jit_compile=jit_compile,
-        )
-        measure.check_options(
-            **{k: v for k, v in self._options.items() if k not in ("loss", "sample_weight")}
         )
         self._batch_size = batch_size
         self._examples = examples or data.count(self._x)
@@ -190,9 +187,9 @@ class GSNRCallback(keras.callbacks.Callback):
 
     def on_train_begin(self, logs=None):
         losses.of_batch(self.model, self._options["loss"])  # raises where there is none
-        fitting.check_inputs(self.model, self._x, "x")
+        probe.check_fits(self.model, self._x, "x")
         if self._test is not None:
-            fitting.check_inputs(self.model, self._test[0], "test_data")
+            probe.check_fits(self.model, self._test[0], "test_data")
             self._losses = probe.loss_function(self.model, self._options["loss"])
             if not gap.supported(self.model.optimizer):
                 logging.info("gsnr/gap_predicted is not known for this optimiser")

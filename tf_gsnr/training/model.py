@@ -122,14 +122,12 @@ def GSNRModel(  # noqa: N802 (one line of a script, in the place of a class)
     ['gsnr', 'gsnr_median']
     """
     _check(model, engine, measure_every, pool, shown, examples, sample)
-    switches = {"bias_corrected": bias_corrected, "per_layer": per_layer, "overwrite": overwrite}
-    for name, value in switches.items():
-        checks.boolean(name, value)
+    checks.boolean("overwrite", overwrite)
     bar.check("progress", progress)
     meter = dict(
         pool=pool,
-        bias_corrected=bias_corrected,
-        per_layer=per_layer,
+        bias_corrected=bool(bias_corrected),
+        per_layer=bool(per_layer),
         layers=run_dir is not None,
         shown=shown,
     )
@@ -454,10 +452,9 @@ def _check(model, engine, measure_every, pool, shown, examples, sample):
     )
     if pool not in POOLS:
         raise ValueError(f"unknown pool {pool!r}; available: {', '.join(POOLS)}")
-    listed = isinstance(shown, (tuple, list, set, frozenset))
-    unknown = [name for name in shown if name not in SHOWN] if listed else [shown]
+    unknown = [name for name in shown if name not in SHOWN]
     if unknown or not shown:
-        raise ValueError(f"shown={shown!r}: unknown {unknown}; available: {', '.join(SHOWN)}")
+        raise ValueError(f"shown: unknown {unknown}; available: {', '.join(SHOWN)}")
     if examples is not None:
         checks.positive_integer("examples", examples, ", the number of training examples")
     if sample is not None:

@@ -27,7 +27,7 @@ import numpy as np
 import tensorflow as tf
 from absl import logging
 
-from tf_gsnr import checks, environment, metrics, status
+from tf_gsnr import environment, metrics, status
 from tf_gsnr.gradients import diagnosis
 from tf_gsnr.records import RunDirectory, read_config
 from tf_gsnr.status import training
@@ -47,7 +47,6 @@ class Recorder:
     """
 
     def __init__(self, run_dir, overwrite: bool = False):
-        checks.path("run_dir", run_dir)
         self.path = Path(run_dir)
         self.rows: list[dict] = []  # all that are there
         self._overwrite = overwrite

@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 import tensorflow as tf
 
-from tf_gsnr import checks, metrics
+from tf_gsnr import metrics
 from tf_gsnr.moments import Moments
 
 
@@ -79,9 +79,6 @@ def write_tensorboard(writer, moments: Moments, model, step: int, *, record: dic
       step: the step to file it under.
       record: the flat record to write, instead of the `summarize` of the moments.
 
-    Raises:
-      ValueError: no writer, a step that is no integer, or moments of another model.
-
     Example:
 
     >>> import keras, numpy as np, tempfile, tf_gsnr
@@ -91,12 +88,6 @@ def write_tensorboard(writer, moments: Moments, model, step: int, *, record: dic
     >>> with tempfile.TemporaryDirectory() as log_dir:
     ...     write_tensorboard(tf.summary.create_file_writer(log_dir), moments, model, step=0)
     """
-    checks.integer("step", step)
-    metrics.check_of(moments, model)
-    if not hasattr(writer, "as_default"):
-        raise ValueError(
-            f"writer={writer!r}: expected what tf.summary.create_file_writer(log_dir) returns"
-        )
     record = metrics.summarize(moments, model) if record is None else record
     with writer.as_default(step=step):
         for name, value in record.items():
