@@ -32,7 +32,7 @@ os.environ.setdefault("MPLBACKEND", "Agg")  # figures go into files
 
 from absl import app, flags, logging  # noqa: E402
 
-from tf_gsnr import environment, experiments, listing, plots, progress, records  # noqa: E402
+from tf_gsnr import checks, environment, experiments, listing, plots, progress, records  # noqa: E402
 from tf_gsnr.experiments.framework.settings import fields  # noqa: E402
 
 FLAGS = flags.FLAGS
@@ -102,6 +102,7 @@ flags.DEFINE_integer(
     "only. Default: all of them, where the network has neither convolutions nor recurrent layers, "
     "for which it does not pay; else 1. benchmarks/experiments.py measures both.",
     lower_bound=1,
+    upper_bound=100_000,
 )
 flags.DEFINE_enum(
     "strategy",
@@ -167,6 +168,8 @@ def parse_flags(argv):
     for place, argument in enumerate(argv[1:], 1):
         of_file = "flagfile" in (argument.lstrip("-"), argv[place - 1].lstrip("-"))
         of_file |= argument.lstrip("-").startswith("flagfile=")
+        if argument.lstrip("-") == "flagfile=":
+            progress.stop("--flagfile=: expected the path of a file of flags", USAGE)
         (given if of_file else direct).append(argument)
     try:
         given = FLAGS.read_flags_from_files(given)
@@ -258,9 +261,11 @@ def _environment(engine, jit_compile):
 
 
 def _name(dataset):
-    name = FLAGS.name or f"{FLAGS.experiment}_{dataset}".replace(":", ".").replace("/", "-")
-    if name in (".", "..") or Path(name).name != name:
-        raise ValueError(f"--name={name}: expected the name of a directory inside --runs_dir")
+    default = f"{FLAGS.experiment}_{dataset}".replace(":", ".").replace("/", "-")
+    name = default if FLAGS.name is None else FLAGS.name
+    bad = not name.strip() or not name.isprintable() or len(name.encode()) > 200 or name[0] == "-"
+    if bad or name in (".", "..") or Path(name).name != name:
+        checks.refuse("--name", name, "the name of a directory inside --runs_dir")
     return name
 
 
@@ -332,7 +337,7 @@ def plan(argv) -> Plan:
         configurations,
         configurations[part],
         source,
-        Path(FLAGS.runs_dir) / (_name(settings.dataset) + suffix),
+        checks.directory("--runs_dir", FLAGS.runs_dir) / (_name(settings.dataset) + suffix),
         dict(
             engine=FLAGS.engine,
             jit_compile=engines.resolve_jit_compile(jit),

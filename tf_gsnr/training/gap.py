@@ -30,7 +30,7 @@ from collections.abc import Callable
 import keras
 import tensorflow as tf
 
-from tf_gsnr import keras_internals
+from tf_gsnr import checks, keras_internals
 
 _STEPS: dict[type, Callable] = {}
 _STEP_METHODS = {"update_step", "apply", "apply_gradients"}  # what makes the step
@@ -49,6 +49,7 @@ def register_optimizer(optimizer_class: type) -> Callable:
 
     Raises:
       TypeError: not a class of optimisers.
+      ValueError: what is decorated is no such function.
 
     Example: an optimiser that makes half the step of SGD.
 
@@ -64,9 +65,14 @@ def register_optimizer(optimizer_class: type) -> Callable:
     True
     """
     if not (isinstance(optimizer_class, type) and issubclass(optimizer_class, keras.Optimizer)):
-        raise TypeError(f"register_optimizer({optimizer_class!r}): expected a keras.Optimizer")
+        raise TypeError(
+            f"register_optimizer(optimizer_class={checks.shown(optimizer_class)}): expected a "
+            "subclass of keras.Optimizer"
+        )
 
     def register(function):
+        expected = "a function (optimizer, k, slot, gradients) -> (rate, own)"
+        checks.function("function", function, 4, expected)
         _STEPS[optimizer_class] = function
         return function
 

@@ -1,0 +1,219 @@
+"""Targets and weights that do not fit the outputs of a model, as far as Keras's losses tell.
+
+Keras broadcasts what it can: targets [n, 1, 3] against outputs [n, 3] are a loss, and nonsense; and
+it cuts labels of 0.5 off to 0. Of a loss of the user's own nothing is known, and nothing refused.
+Index letters: n example.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from tf_gsnr import checks
+
+_ALIKE = """
+MeanSquaredError MeanAbsoluteError MeanAbsolutePercentageError MeanSquaredLogarithmicError Huber
+LogCosh Poisson KLDivergence CategoricalCrossentropy CategoricalFocalCrossentropy Dice Tversky
+BinaryCrossentropy BinaryFocalCrossentropy CosineSimilarity Hinge SquaredHinge CategoricalHinge
+""".split()
+ALIKE = {getattr(keras.losses, name) for name in _ALIKE}  # that compare entry by entry
+OF_LABELS = {keras.losses.SparseCategoricalCrossentropy}
+# A function by which Keras means one of the classes.
+_CLASSES = {
+    keras.losses.mean_squared_error: keras.losses.MeanSquaredError,
+    keras.losses.mean_absolute_error: keras.losses.MeanAbsoluteError,
+    keras.losses.categorical_crossentropy: keras.losses.CategoricalCrossentropy,
+    keras.losses.binary_crossentropy: keras.losses.BinaryCrossentropy,
+    keras.losses.sparse_categorical_crossentropy: keras.losses.SparseCategoricalCrossentropy,
+}
+EXPECTED = "a Keras loss, its name, or a callable (y_true, y_pred) -> [batch]"
+
+
+def check_loss(loss: Any, outputs: int | None = None, names=None):
+    """Raises ValueError for what `compile(loss=...)` makes no loss of.
+
+    Args:
+      outputs, names: of the model, where they are known.
+    """
+    whole = callable(loss) or isinstance(loss, str)
+    leaves = [loss] if whole else keras.tree.flatten(loss)
+    if not any(callable(leaf) or isinstance(leaf, str) for leaf in leaves):
+        checks.refuse("loss", loss, EXPECTED)
+    for leaf in leaves:
+        if leaf is not None:
+            _check_leaf(leaf)
+    unknown = set(loss) - set(names or ()) if isinstance(loss, dict) and outputs else ()
+    if unknown:
+        of = ", ".join(names) if names else "the only output, and no dict"
+        raise ValueError(
+            f"loss: the model has no output {', '.join(map(repr, unknown))}; expected that of {of}"
+        )
+    if isinstance(loss, (list, tuple)) and outputs is not None and len(loss) != outputs:
+        raise ValueError(f"loss: a list of {len(loss)}; expected one for each of {outputs} outputs")
+
+
+def _check_leaf(leaf):
+    abstract = keras.losses.Loss in (leaf, type(leaf))
+    if abstract or not (callable(leaf) or isinstance(leaf, str)):
+        checks.refuse("loss", leaf, EXPECTED)
+    if isinstance(leaf, str):
+        try:
+            keras.losses.get(leaf)
+        except ValueError:
+            checks.refuse("loss", leaf, EXPECTED)
+        if not leaf:
+            checks.refuse("loss", leaf, EXPECTED)
+    elif not isinstance(leaf, (type, keras.losses.Loss)):
+        checks.function("loss", leaf, 2, EXPECTED)
+
+
+def kinds(owner) -> list:
+    """The class of each of the losses that a model was compiled with; None where it is another."""
+    loss = getattr(owner, "loss", None)
+    if owner.__class__.compute_loss is not keras.Model.compute_loss or loss is None:
+        return []
+    whole = callable(loss) or isinstance(loss, str)
+    return [_kind(leaf) for leaf in ([loss] if whole else keras.tree.flatten(loss))]
+
+
+def _kind(leaf):
+    if isinstance(leaf, str):
+        leaf = keras.losses.get(leaf)
+    if isinstance(leaf, type):
+        return leaf
+    return type(leaf) if isinstance(leaf, keras.losses.Loss) else _CLASSES.get(leaf)
+
+
+def check(owner, y, predictions, sample_weight):
+    """Raises ValueError where targets or weights do not fit the predictions, by their shapes.
+
+    Args:
+      owner: whose `compute_loss` it is.
+      y, sample_weight, predictions: tensors, nested, with a leading axis of examples.
+    """
+    known, outputs = kinds(owner), tf.nest.flatten(predictions)
+    if not known or len(outputs) not in (1, len(known)):
+        return
+    targets = [v for v in tf.nest.flatten(y) if v is not None]
+    if len(known) == len(outputs) == 1:
+        names = getattr(owner, "output_names", None)
+        if isinstance(y, dict) and not set(y) <= set(names or ()):
+            of = ", ".join(names) if names else "the only output, and no dict"
+            raise ValueError(f"y: targets of {', '.join(map(str, y))}; expected those of {of}")
+        if len(targets) != 1 and y is not None:
+            raise ValueError(f"y: {len(targets)} arrays; expected one, as the model has outputs")
+    if len(targets) == len(outputs) == len(known):
+        for kind, one, output in zip(known, targets, outputs):
+            _check_target(kind, one, output)
+    weights = [v for v in tf.nest.flatten(sample_weight) if v is not None]
+    single = len(outputs) == 1
+    if single and isinstance(sample_weight, (dict, list, tuple)) and len(weights) != 1:
+        raise ValueError(f"sample_weight: {len(weights)} arrays; expected one, [examples]")
+    if single and isinstance(sample_weight, dict):
+        raise ValueError("sample_weight: a dict; expected one array, [examples]")
+    if len(weights) == len(outputs) == len(known):
+        for kind, weight, output in zip(known, weights, outputs):
+            if kind in ALIKE | OF_LABELS:
+                _check_weight(weight, output)
+
+
+def _check_target(kind, y, output):
+    if kind not in ALIKE | OF_LABELS or not isinstance(y, tf.Tensor):
+        return
+    if not (y.dtype.is_floating or y.dtype.is_integer or y.dtype.is_bool):
+        raise ValueError(f"y: targets of dtype {y.dtype.name}; expected numbers")
+    given, made = _dimensions(y), _dimensions(output)
+    if given is None or made is None:
+        return
+    if kind in OF_LABELS:
+        fits = _same(given, made[:-1]) or _same(given, [*made[:-1], 1])
+        expected = "a class for each row of outputs, a whole number"
+    else:
+        fits = _same(given, made) or _same(given, [*made, 1])
+        fits = fits or made[-1:] == [1] and _same(given, made[:-1])
+        expected = "targets of the shape of the outputs"
+    if not fits:
+        raise ValueError(
+            f"y: targets of shape {_text(given)} of an example against outputs of shape "
+            f"{_text(made)}; the loss {kind.__name__} expected {expected}"
+        )
+
+
+def _check_weight(weight, output):
+    given, made = _dimensions(weight), _dimensions(output)
+    if given is None or made is None:
+        return
+    fits = len(given) <= max(1, len(made)) and all(
+        None in (a, b) or a in (1, b) for a, b in zip(given, made or [1])
+    )
+    if not fits:
+        raise ValueError(
+            f"sample_weight: of shape {_text(given)} of an example against outputs of shape "
+            f"{_text(made)}; expected [examples], or a weight for each output of an example"
+        )
+
+
+def _dimensions(v):
+    """Of an example; None where they are not known."""
+    if not isinstance(v, tf.Tensor) or v.shape.rank is None:
+        return None
+    return list(v.shape)[1:]
+
+
+def _same(a, b) -> bool:
+    return len(a) == len(b) and all(None in (x, y) or x == y for x, y in zip(a, b))
+
+
+def _text(shape):
+    return f"[{', '.join('?' if size is None else str(size) for size in shape)}]"
+
+
+def whole_labels(model, owner, batches):
+    """The micro-batches; ValueError at a label that is no class, though a floating-point number.
+
+    Of integers the loss itself says so.
+
+    Args:
+      model: for the number of its outputs.
+      owner: whose `compute_loss` it is.
+      batches: `(x, y, sample_weight, valid)`.
+    """
+    known = kinds(owner)
+    labels = bool(OF_LABELS & set(known))
+    outputs = getattr(model, "outputs", None) or []
+    sizes = [v.shape[-1] for v in outputs] if len(outputs) == len(known) else [None] * len(known)
+    start = 0
+    for batch in batches:
+        if labels:
+            _check_whole(known, sizes, _ignored(owner), batch[1], start)
+            start += int(np.prod(batch[-1].shape))
+        yield batch
+
+
+def _ignored(owner) -> list:
+    """The classes that losses are told to ignore."""
+    losses = [v for v in keras.tree.flatten(owner.loss) if isinstance(v, keras.losses.Loss)]
+    return [loss.get_config().get("ignore_class") for loss in losses if type(loss) in OF_LABELS]
+
+
+def _check_whole(known, sizes, ignored, y, start):
+    leaves = [v for v in tf.nest.flatten(y) if v is not None]
+    if len(leaves) != len(known):
+        return
+    for kind, classes, leaf in zip(known, sizes, leaves):
+        if kind not in OF_LABELS or not isinstance(leaf, tf.Tensor) or not leaf.dtype.is_floating:
+            continue
+        values = leaf.numpy()
+        most = np.inf if classes is None else classes - 1
+        values = np.where(np.isin(values, [v for v in ignored if v is not None]), 0, values)
+        wrong = np.argwhere(~((values == np.floor(values)) & (values >= 0) & (values <= most)))
+        if len(wrong):
+            last = "" if classes is None else f" from 0 to {most}"
+            raise ValueError(
+                f"y: the label of example {start + int(wrong[0][0])} is "
+                f"{values[tuple(wrong[0])]}; expected a class, a whole number{last}"
+            )
