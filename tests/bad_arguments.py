@@ -7,7 +7,10 @@ expected. What is fine after all stands in the table as `Fine(value, why)`. The 
 
 from __future__ import annotations
 
+import decimal
+import fractions
 import functools
+import itertools
 import re
 import tempfile
 import traceback
@@ -23,6 +26,7 @@ import tf_gsnr
 from tf_gsnr import Moments, data, experiments, metrics, models
 from tf_gsnr.experiments.framework.settings import fields
 from tf_gsnr.gradients import engines, losses, measure, recalibration
+from tf_gsnr.gradients.layerwise import rules
 from tf_gsnr.training import gap, schedule, tensorboard
 
 OURS = str(Path(tf_gsnr.__file__).parent)
@@ -89,6 +93,11 @@ RATE = [*NUMBER, -1, np.float32(-0.1)]
 CHOICE = ["", "nonsense", "AUTO ", 1, ["auto"], NAN, b"auto", np.array(["auto", "x"]), {}, 2.0]
 PATH = ["", 5, 1.5, NAN, True, ["runs"], {}, object(), "a\0b", np.zeros(3)]
 NAMES = ["gsnr", "", ["nonsense"], [1], 5, None, ("gsnr", "gsnr"), {"gsnr": 1}, NAN, [None], [[]]]
+# Of kinds that hardly anybody thinks of.
+ODD = [decimal.Decimal("3"), fractions.Fraction(7, 2), np.float16(3.5), np.datetime64("2020")]
+ODD += [complex(3, 0), ..., NotImplemented, slice(3), range(3), bytearray(b"3"), lambda: 3, {3}]
+ODD += [iter([3]), tf.constant("3"), tf.constant([3]), memoryview(b"3"), Exception("3")]
+LONG = ["x" * 300, "\udcff", "a\nb", "\t", "/dev/null/x"]
 N = 8
 
 
@@ -96,7 +105,8 @@ def _all() -> list[Attempt]:
     attempts: list[Attempt] = []
     for part in (of_measuring, of_metrics, of_moments, of_training, of_looking, of_adding):
         attempts += part()
-    return attempts + of_recalibration() + of_data() + of_settings()
+    attempts += of_recalibration() + of_data() + of_settings()
+    return attempts + of_streams() + of_user_code() + of_oddities()
 
 
 @functools.cache
@@ -816,3 +826,299 @@ def bad_settings(experiment, field) -> list:
             Fine([1, 1] if field.kind is float else [5, 5], "what stands twice is taken once")
         )
     return low
+
+
+def of_streams():
+    """Data sets, generators and arrays of kinds that are none."""
+    x, y, labels = arrays()
+    pairs = tf.data.Dataset.from_tensor_slices((x, y))
+
+    def given(x, y=None, **more):
+        return tf_gsnr.gradient_moments(network(), x, y, "mse", batch_size=4, **more)
+
+    def generator(*elements):
+        return (element for element in elements)
+
+    used = generator((x, y))
+    next(used)
+    symbolic = keras.Input([4])
+    weighted = tf.data.Dataset.from_tensor_slices((x, y, np.ones([N, N]))).batch(4)
+    streams = [
+        pairs,
+        pairs.batch(3).map(lambda a, b: (a, b, a, b)),
+        pairs.batch(3).map(lambda a, b: (a[:, :2], b)),
+        pairs.batch(3).map(lambda a, b: (a, b[:, None])),
+        pairs.batch(3).map(lambda a, b: (a, tf.as_string(b))),
+        pairs.batch(3).map(lambda a, b: (a * NAN, b)),
+        weighted,
+        generator(),
+        generator(5),
+        generator((x, y), 5),
+        generator((x, y), None),
+        generator((x, y[:3])),
+        generator((x, y), (x[:, :2], y)),
+        generator("ab"),
+        used,
+        iter([(x, y)]),
+        zip(x, y),
+        map(len, x),
+        symbolic,
+        open,
+        np.ma.masked_array,
+        np.array(["2020-01-01"] * N, "datetime64[D]"),
+        np.zeros(N, [("a", float), ("b", float)]),
+        np.zeros([N, 4], np.longdouble) * 1j,
+        (),
+        set(),
+        range(N),
+        b"bytes",
+        Path("x"),
+    ]
+    targets = [symbolic, range(N), set(), b"", np.zeros(N, [("a", float)]), iter([y]), Path("y")]
+    two = two_outputs()
+
+    def of_two(**given):
+        given = {"y": [y, y], "loss": "mse"} | given
+        return tf_gsnr.gradient_moments(two, x, given.pop("y"), given.pop("loss"), **given)
+
+    return [
+        *tries(
+            "gradient_moments of a stream",
+            given,
+            x=[v for i, v in enumerate(streams) if i not in (3, 4, 6)],
+        ),
+        *named("y", tries("gradient_moments of a stream", given, x=streams[3:5])),
+        *named("sample_weight", tries("gradient_moments of a stream", given, x=[weighted])),
+        *tries("gradient_moments", lambda y: given(x, y), y=targets),
+        *tries(
+            "gradient_moments of two outputs",
+            of_two,
+            y=[
+                y,
+                [y],
+                [y, y, y],
+                {"a": y},
+                {"a": y, "c": y},
+                [y, y[:, :2]],
+                [y, y[:, None]],
+                (),
+                5,
+            ],
+            loss=[["mse"], ["mse"] * 3, {"c": "mse"}, {"a": "mse", "c": "mse"}, [None, None], {}],
+            sample_weight=[[np.ones(N)] * 3, {"c": np.ones(N)}, np.ones([N, N])]
+            + [[np.ones(N), np.ones([N, N])]],
+        ),
+    ]
+
+
+@functools.cache
+def two_outputs():
+    inputs = keras.Input([4])
+    heads = [keras.layers.Dense(3, name=name)(inputs) for name in "ab"]
+    return keras.Model(inputs, heads, name="two")
+
+
+def of_user_code():
+    """Functions of the user's that return nonsense."""
+    x, y, _ = arrays()
+
+    def ruled(returned):
+        class Mine(keras.layers.Dense):
+            def call(self, x):
+                return super().call(x)
+
+        model = keras.Sequential([keras.Input([4]), Mine(3)])
+        tf_gsnr.register_rule(Mine)(lambda call: returned)
+        try:
+            return tf_gsnr.gradient_moments(model, x, y, "mse")
+        finally:
+            rules._RULES.pop(Mine)
+
+    def scheduled(returned):
+        callback = tf_gsnr.GSNRCallback(x, y, schedule=lambda step: returned)
+        callback.set_model(network())
+        callback.set_params({"epochs": 1, "steps": 1})
+        callback.on_train_begin()
+        callback.on_epoch_begin(0)
+        callback.on_train_batch_begin(0)
+
+    def lost(loss):
+        return tf_gsnr.gradient_moments(network(), x, y, loss)
+
+    def stepped(returned):
+        class Own(keras.optimizers.SGD):
+            def update_step(self, *args):
+                super().update_step(*args)
+
+        gap.register_optimizer(Own)(lambda optimizer, k, slot, gradients: returned)
+        model = keras.models.clone_model(network())
+        model = tf_gsnr.GSNRModel(model)
+        try:
+            model.compile(Own(), "mse")
+            model.fit(x, y, verbose=0)
+        finally:
+            gap._STEPS.pop(Own)
+
+    variable = network().trainable_variables[0]
+    returned = [5, "x", [5], [(1, 2)], [(variable, 5)], {}, True, [(variable,)], NAN]
+    bad_losses = [
+        lambda y, p: {},
+        Fine(lambda y, p: (p, p), "Keras takes the mean of both"),
+        lambda y, p: tf.reduce_mean(p, -1) * NAN,
+        Fine(lambda y, p: 5, "a number, of which no gradient is"),
+        lambda: 1,
+        lambda y: 1,
+        lambda y, p, q: 1,
+        int,
+        Fine(keras.losses.MeanSquaredError(reduction="none"), "one number for one example"),
+        keras.metrics.MeanSquaredError,
+        keras.layers.Dense(1),
+    ]
+    return [
+        *tries("a rule", lambda rule: ruled(rule), rule=returned),
+        *tries(
+            "a schedule",
+            lambda schedule: scheduled(schedule),
+            schedule=["yes", NAN, [], {}, 5, np.array([1, 2]), None, object()],
+        ),
+        *tries("a loss", lost, loss=bad_losses),
+        *tries(
+            "an optimizer",
+            lambda function: stepped(function),
+            function=[5, "x", None, (1,), (1, 2, 3), ("a", None), (1.0, "b")],
+        ),
+    ]
+
+
+def of_oddities():
+    """Values that are of no kind of the tables above, and calls out of order."""
+    x, y, labels = arrays()
+    there = Path(tempfile.mkdtemp())
+    (there / "run").mkdir()
+    (there / "run" / "config.json").write_text('{"kind": "training", "settings": {}}')
+    (there / "run" / "records.jsonl").write_text('{"step": 0, "gsnr/mean": 0.5, "loss": 1.0}\n')
+    long = [*LONG, there / ("y" * 400)]
+
+    def watched(**given):
+        return tf_gsnr.GSNRCallback(x, y, **given)
+
+    def wrapped(**given):
+        return tf_gsnr.GSNRModel(keras.models.clone_model(network()), **given)
+
+    def unset(method):
+        getattr(watched(), method)()
+
+    def with_params(params):
+        callback = watched(run_dir=there / "new")
+        callback.set_params(params)
+        callback.set_model(network())
+        callback.on_train_begin()
+
+    good = moments()
+    return [
+        *tries(
+            "gradient_moments",
+            lambda **g: tf_gsnr.gradient_moments(network(), x, y, "mse", **g),
+            batch_size=ODD,
+            seed=ODD,
+            training=ODD,
+            engine=ODD,
+            dtype=ODD,
+            jit_compile=ODD,
+            strategy=ODD,
+            contributions=ODD,
+        ),
+        *tries(
+            "GSNRCallback",
+            watched,
+            run_dir=long + ODD,
+            log_dir=long,
+            every_epochs=ODD,
+            every_steps=ODD,
+            examples=ODD,
+            keep=ODD,
+            schedule=[v for v in ODD if not callable(v)],
+            test_data=ODD,
+            per_layer=ODD,
+            sample_weight=ODD,
+        ),
+        *tries(
+            "GSNRModel",
+            wrapped,
+            run_dir=long + ODD,
+            measure_every=ODD,
+            sample=ODD,
+            shown=ODD + [iter(["gsnr"])],
+            progress=ODD,
+            pool=ODD,
+            examples=ODD,
+            bias_corrected=ODD,
+        ),
+        *tries("osgr", lambda examples: tf_gsnr.osgr(good, examples), examples=ODD),
+        *tries(
+            "gap_growth",
+            lambda learning_rate: tf_gsnr.gap_growth(good, learning_rate),
+            learning_rate=[
+                Fine(v, "a real number") if isinstance(v, (fractions.Fraction, np.float16)) else v
+                for v in ODD
+            ]
+            + [10**400],
+        ),
+        *tries("Moments.variance", good.variance, ddof=ODD),
+        *tries(
+            "schedule.listed",
+            schedule.listed,
+            steps=[
+                itertools.count(),
+                ODD,
+                range(0),
+                np.array(3),
+                np.array([[1, 2]]),
+                tf.constant(3),
+            ],
+        ),
+        *tries("schedule.linear", schedule.linear, every=ODD),
+        *tries(
+            "osgr_measured",
+            lambda train_losses: tf_gsnr.osgr_measured(train_losses, [[1.0, 0.5]]),
+            train_losses=ODD,
+        ),
+        *tries("osgr_predicted", tf_gsnr.osgr_predicted, list_of_moments=ODD),
+        *tries("summarize", lambda moments: tf_gsnr.summarize(moments, network()), moments=ODD),
+        *tries("explain", tf_gsnr.explain, model=ODD),
+        *tries("read", tf_gsnr.read, run_dir=long + ODD),
+        *tries("page", tf_gsnr.page, run_dir=long + ODD),
+        *tries(
+            "page", lambda output: tf_gsnr.page(there / "run", output=output), output=long + ODD
+        ),
+        *tries(
+            "page, another",
+            lambda run_dir: tf_gsnr.page(there / "run", run_dir),
+            run_dir=[there / "run"],
+        ),
+        *tries("plot", tf_gsnr.plot, source=long + ODD),
+        *tries(
+            "from_arrays",
+            lambda classes: data.from_arrays((x, labels), (x, labels), classes=classes),
+            classes=ODD,
+        ),
+        *tries(
+            "from_arrays",
+            lambda train: data.from_arrays(train, (x, labels)),
+            train=[(x, labels + 10**12), (x, labels.astype(bool).astype(object)), ODD],
+        ),
+        *tries(
+            "models.build",
+            lambda input_shape: models.build("toy_mlp", input_shape, 1, 3, 0),
+            input_shape=ODD + [(10**12,), (2, 10**10)],
+        ),
+        *named(
+            "model",
+            tries(
+                "GSNRCallback without a model",
+                unset,
+                method=["on_train_begin", "on_epoch_end", "on_train_batch_begin", "on_train_end"],
+            ),
+        )[:1],
+        *tries("GSNRCallback.set_params", with_params, params=[None, 5, "x", [1]]),
+    ]

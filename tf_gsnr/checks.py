@@ -189,6 +189,8 @@ def path(name: str, value, what: str = "a directory") -> Path:
     text: Any = os.fspath(value) if isinstance(value, (str, os.PathLike)) else b""
     if not isinstance(text, str) or not text.strip() or not text.isprintable():
         refuse(name, value, f"the path of {what}")
+    if len(text.encode()) > 4000 or any(len(part.encode()) > 255 for part in Path(text).parts):
+        refuse(name, value, f"the path of {what}; a name may have 255 bytes")
     return Path(text)
 
 

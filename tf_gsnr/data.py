@@ -16,6 +16,8 @@ import numpy as np
 
 from tf_gsnr import checks, lookup, progress
 
+MOST_CLASSES = 10**6
+
 
 class Source(NamedTuple):
     """Where examples come from.
@@ -148,7 +150,9 @@ def from_arrays(train, test, *, name: str = "arrays", classes: int | None = None
     if not name.strip():
         checks.refuse("name", name, "what to call the data set")
     if classes is not None:
-        classes = checks.integer("classes", classes, 2, expected="an integer from 2 on")
+        classes = checks.integer(
+            "classes", classes, 2, MOST_CLASSES, expected="an integer from 2 on"
+        )
     (train_x, train_y), (test_x, test_y) = (
         _checked(name, split, *_pair(split, pair))
         for split, pair in (("train", train), ("test", test))
@@ -169,7 +173,13 @@ def from_arrays(train, test, *, name: str = "arrays", classes: int | None = None
             )
     regression = train_y.dtype.kind == "f"
     if not regression:
-        classes = classes or int(max(train_y.max(), test_y.max())) + 1
+        most = int(max(train_y.max(), test_y.max()))
+        if most >= MOST_CLASSES:
+            raise ValueError(
+                f"{name}: a label in y of train or test is {most}; "
+                f"expected classes below {MOST_CLASSES:,}"
+            )
+        classes = classes or most + 1
         _check_labels(name, train_y, test_y, classes)
 
     def scaled(x):

@@ -8,6 +8,7 @@ names of their own: records are keyed by them, and Keras's automatic ones count 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import keras
@@ -242,6 +243,8 @@ def build(name: str, input_shape, outputs: int, width: int, seed: int) -> keras.
         checks.refuse("input_shape", input_shape, expected)
     for size in input_shape:
         checks.integer("input_shape", size, 1, expected=expected)
+    if math.prod(input_shape) > 10**8:
+        checks.refuse("input_shape", input_shape, expected + ", of at most 100,000,000 numbers")
     reference = lookup.is_reference(name)
     if not reference and name not in MODELS:
         raise ValueError(

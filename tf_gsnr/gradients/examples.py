@@ -264,7 +264,13 @@ def _array(name, v):
             f"inputs or outputs: make numbers or strings an array, np.array({name}); of a data "
             "loader pass a generator, (batch for batch in loader)"
         )
-    v = np.asarray(v)
+    try:
+        v = np.asarray(v)
+    except Exception as error:  # a symbolic tensor, whatever an __array__ raises
+        raise ValueError(
+            f"{name}: {type(v).__name__} is no array ({str(error).splitlines()[0]}); expected "
+            "arrays or tensors"
+        ) from error
     try:
         tf.as_dtype(v.dtype)
         return tf.convert_to_tensor(v) if v.dtype == object else v

@@ -218,12 +218,13 @@ def check_options(*, engine, batch_size, seed, batch_norm, dtype, jit_compile, *
 
 
 def _checked(model, owner, batches, *given):
-    """Micro-batches, the first of which has inputs that the model takes, and whole labels."""
-    first = True
+    """Micro-batches, with inputs that the model takes and labels that are classes."""
+    known = None
     for batch in targets.whole_labels(model, owner, batches(*given)):
-        if first:
+        shapes = [None if v is None else v.shape for v in tf.nest.flatten(batch[0])]
+        if shapes != known:  # a generator may change its mind
             network.check_inputs(model, batch[0])
-            first = False
+            known = shapes
         yield batch
 
 

@@ -30,6 +30,7 @@ _CLASSES = {
     keras.losses.binary_crossentropy: keras.losses.BinaryCrossentropy,
     keras.losses.sparse_categorical_crossentropy: keras.losses.SparseCategoricalCrossentropy,
 }
+AS_COMPILED = ("crossentropy", "ce")  # which `compile` takes for the one that fits
 EXPECTED = "a Keras loss, its name, or a callable (y_true, y_pred) -> [batch]"
 
 
@@ -60,6 +61,8 @@ def _check_leaf(leaf):
     abstract = keras.losses.Loss in (leaf, type(leaf))
     if abstract or not (callable(leaf) or isinstance(leaf, str)):
         checks.refuse("loss", leaf, EXPECTED)
+    if isinstance(leaf, str) and leaf in AS_COMPILED:
+        return
     if isinstance(leaf, str):
         try:
             keras.losses.get(leaf)
@@ -67,6 +70,8 @@ def _check_leaf(leaf):
             checks.refuse("loss", leaf, EXPECTED)
         if not leaf:
             checks.refuse("loss", leaf, EXPECTED)
+    elif isinstance(leaf, type) and not issubclass(leaf, keras.losses.Loss):
+        checks.refuse("loss", leaf, EXPECTED)
     elif not isinstance(leaf, (type, keras.losses.Loss)):
         checks.function("loss", leaf, 2, EXPECTED)
 
@@ -81,6 +86,8 @@ def kinds(owner) -> list:
 
 
 def _kind(leaf):
+    if leaf is None or isinstance(leaf, str) and leaf in AS_COMPILED:
+        return None
     if isinstance(leaf, str):
         leaf = keras.losses.get(leaf)
     if isinstance(leaf, type):
@@ -95,30 +102,69 @@ def check(owner, y, predictions, sample_weight):
       owner: whose `compute_loss` it is.
       y, sample_weight, predictions: tensors, nested, with a leading axis of examples.
     """
-    known, outputs = kinds(owner), tf.nest.flatten(predictions)
-    if not known or len(outputs) not in (1, len(known)):
+    if not kinds(owner):
         return
-    targets = [v for v in tf.nest.flatten(y) if v is not None]
-    if len(known) == len(outputs) == 1:
-        names = getattr(owner, "output_names", None)
-        if isinstance(y, dict) and not set(y) <= set(names or ()):
-            of = ", ".join(names) if names else "the only output, and no dict"
-            raise ValueError(f"y: targets of {', '.join(map(str, y))}; expected those of {of}")
-        if len(targets) != 1 and y is not None:
-            raise ValueError(f"y: {len(targets)} arrays; expected one, as the model has outputs")
-    if len(targets) == len(outputs) == len(known):
-        for kind, one, output in zip(known, targets, outputs):
-            _check_target(kind, one, output)
-    weights = [v for v in tf.nest.flatten(sample_weight) if v is not None]
-    single = len(outputs) == 1
-    if single and isinstance(sample_weight, (dict, list, tuple)) and len(weights) != 1:
-        raise ValueError(f"sample_weight: {len(weights)} arrays; expected one, [examples]")
-    if single and isinstance(sample_weight, dict):
-        raise ValueError("sample_weight: a dict; expected one array, [examples]")
-    if len(weights) == len(outputs) == len(known):
-        for kind, weight, output in zip(known, weights, outputs):
-            if kind in ALIKE | OF_LABELS:
-                _check_weight(weight, output)
+    outputs = _by_name(owner, predictions)
+    if outputs is None:  # nested deeper
+        return
+    for name, value in (("y", y), ("sample_weight", sample_weight)):
+        if value is not None:
+            _check_structure(name, value, outputs)
+    losses = owner.loss
+    for place, name in enumerate(outputs):
+        if (
+            y is not None
+            and _part(losses, name, place) is not None
+            and _part(y, name, place) is None
+        ):
+            raise ValueError(f"y: none for the output {name}; expected targets of each loss")
+    for place, (name, output) in enumerate(outputs.items()):
+        kind = _kind(_part(losses, name, place))
+        target = _part(y, name, place)
+        if target is not None and kind in ALIKE | OF_LABELS:
+            _check_target(kind, target, output)
+        weight = _part(sample_weight, name, place)
+        if weight is not None and kind in ALIKE | OF_LABELS:
+            _check_weight(weight, output)
+
+
+def _by_name(owner, predictions) -> dict | None:
+    """`{name or place: output}`; None where outputs are nested deeper than a list or dict."""
+    if isinstance(predictions, dict):
+        outputs = dict(predictions)
+    elif isinstance(predictions, (list, tuple)):
+        names = getattr(owner, "output_names", None) or range(len(predictions))
+        outputs = dict(zip(names, predictions))
+        if len(outputs) != len(predictions):
+            return None
+    else:
+        names = getattr(owner, "output_names", None) or [0]
+        outputs = {names[0]: predictions}
+    return outputs if all(tf.is_tensor(v) for v in outputs.values()) else None
+
+
+def _part(nested, name, place):
+    """What belongs to one of the outputs."""
+    if isinstance(nested, dict):
+        return nested.get(name)
+    if isinstance(nested, (list, tuple)):
+        return nested[place] if place < len(nested) else None
+    return nested
+
+
+def _check_structure(name, value, outputs):
+    names = ", ".join(map(str, outputs))
+    if isinstance(value, dict):
+        if not set(value) <= set(outputs):
+            given = ", ".join(map(str, value))
+            of = names if 0 not in outputs else "the only output, and no dict"
+            raise ValueError(f"{name}: a dict of {given}; expected that of {of}")
+    elif isinstance(value, (list, tuple)):
+        if len(value) != len(outputs):
+            count = f"{len(outputs)}, one for each output"
+            raise ValueError(f"{name}: {len(value)} arrays; expected {count}")
+    elif len(outputs) > 1 and name == "y":
+        raise ValueError(f"{name}: one array; expected one for each output: {names}")
 
 
 def _check_target(kind, y, output):

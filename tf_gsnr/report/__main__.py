@@ -167,7 +167,7 @@ def _is_there(module) -> bool:
 
 
 def main(argv):
-    directories = argv[1:] or ["runs"]
+    directories = list(dict.fromkeys(argv[1:])) or ["runs"]
     try:
         check_flags()
         for directory in directories:

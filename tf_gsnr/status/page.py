@@ -48,6 +48,10 @@ def page(run_dir, *more, output=None) -> Path:
     'page.html'
     """
     runs = [of_training.read(path) for path in (run_dir, *more)]
+    if len({run.path.resolve() for run in runs}) < len(runs):
+        raise ValueError(
+            f"run_dir: {', '.join(str(run.path) for run in runs)}; expected each directory once"
+        )
     if output is None:
         first = runs[0].path
         output = first / "page.html" if len(runs) == 1 else first.resolve().parent / "compare.html"

@@ -200,6 +200,7 @@ class GSNRCallback(keras.callbacks.Callback):
         return (self._first_step or 0) + self._steps
 
     def on_train_begin(self, logs=None):
+        checks.keras_model(self.model)
         losses.of_batch(self.model, self._options["loss"])  # raises where there is none
         probe.check_fits(self.model, self._x, "x")
         if self._test is not None:
@@ -270,6 +271,9 @@ class GSNRCallback(keras.callbacks.Callback):
         """Whether the model's weights are."""
         return all(np.isfinite(v.numpy()).all() for v in self.model.trainable_variables)
 
+    def set_params(self, params):
+        super().set_params(checks.instance("params", params, dict, "a dict, as fit gives it"))
+
     def set_model(self, model):
         super().set_model(checks.keras_model(model))
 
@@ -282,7 +286,8 @@ class GSNRCallback(keras.callbacks.Callback):
         if type(batch) is not int or batch < 0:
             batch = checks.integer("batch", batch, 0)
         first = self._due_step is _never and not self._rows and self._wants_start()
-        self._owed |= first or bool(self._due_step(self._steps))
+        due = self._due_step(self._steps)
+        self._owed |= first or (due if due is True else checks.boolean("schedule", due))
         if self._owed and self.model.built:  # else as soon as it is
             self._measure()
         self._batch = batch

@@ -137,9 +137,30 @@ def preconditioner(optimizer, gradients, sample):
         return sample.take(values)
 
     k = tf.cast(tf.maximum(tf.convert_to_tensor(optimizer.iterations), 1), tf.float64)
-    rate, of_parameters = step(optimizer, k, slot, gradients)
+    rate, of_parameters = _checked(step, step(optimizer, k, slot, gradients))
     batches = optimizer.gradient_accumulation_steps or 1  # an update is the mean of so many
     return tf.cast(rate, tf.float64) / batches * _clipping(optimizer, gradients), of_parameters
+
+
+def _checked(function, answer) -> tuple:
+    """What a function of `register_optimizer` returned; ValueError where it is no such pair."""
+    try:
+        rate, own = (None if v is None else tf.convert_to_tensor(v) for v in answer)
+        numbers = all(v is None or v.dtype.is_floating or v.dtype.is_integer for v in (rate, own))
+        fits = (
+            numbers
+            and rate is not None
+            and rate.shape.rank in (None, 0)
+            and (own is None or own.shape.rank in (None, 1))
+        )
+    except (TypeError, ValueError, AttributeError, tf.errors.OpError):
+        fits = False
+    if not fits:
+        raise ValueError(
+            f"the function {function.__name__} of register_optimizer returned "
+            f"{checks.shown(answer)}; expected (rate, own), a number and numbers [k] or None"
+        )
+    return rate, own
 
 
 def _rate(optimizer):

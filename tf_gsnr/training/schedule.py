@@ -5,11 +5,14 @@ A schedule is called with the number of steps done so far, 0 before the first.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from tf_gsnr import checks
+
+MOST = 10**6  # steps that can be listed
 
 
 @dataclass(frozen=True)
@@ -65,8 +68,13 @@ def listed(steps: Iterable[int]) -> Schedule:
     expected = "integers from 0 on, at least one"
     if isinstance(steps, (str, bytes, dict)) or not isinstance(steps, Iterable):
         checks.refuse("steps", steps, expected)
-    steps = list(steps)
-    known = frozenset(checks.integer("steps", step, 0, expected=expected) for step in steps)
-    if not known:
+    try:
+        found = list(itertools.islice(steps, MOST + 1))
+    except TypeError:  # 0-d arrays
         checks.refuse("steps", steps, expected)
+    if len(found) > MOST:
+        raise ValueError(f"steps: more than {MOST:,}; expected {expected}")
+    known = frozenset(checks.integer("steps", step, 0, expected=expected) for step in found)
+    if not known:
+        checks.refuse("steps", found, expected)
     return Schedule(f"listed({sorted(known)})", lambda step: step in known)
