@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
+import sys
 import tempfile
 import traceback
 from pathlib import Path
@@ -142,6 +143,10 @@ def values_of(field) -> list:
         values += ["1,2", "0.1,0.2"]
     if field.kind is str and field.name == "model":
         values += ["mlp,nonsense", "keras.models:Sequential", "bad_flags:classes"]
+    if field.kind is int:
+        values.append(Fine("+2", "as Python reads it"))
+    if field.name == "batch_size" and field.flag == "batch_size":
+        values.append("21")  # more than there are
     if field.name in ("every", "term_every"):
         values.append("1000")  # no measurement but the first
     return values
@@ -165,7 +170,8 @@ def of_program() -> list[Attempt]:
         "replicas": [v for v in INT if v != ""] + ["", "0"],
         "shard": ["", "x", "1", "0/0", "1/1", "-1/2", "0/-2", "0.5/2", "0/x", "1/2/3", f"0/{HUGE}x"]
         + ["nan/2", "/", "0/", "/2", "5/9", f"{HUGE}/{HUGE}0", "inf/inf"],
-        "flagfile": ["", "nowhere.flags", "/", "/etc", "/etc/shadow/x"],
+        "flagfile": ["", "nowhere.flags", "/", "/etc", "/etc/shadow/x", "/dev/zero", "/dev/null"]
+        + [" ", sys.executable],
         "widht": ["3"],
     }
     attempts = [

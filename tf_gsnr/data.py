@@ -154,7 +154,7 @@ def from_arrays(train, test, *, name: str = "arrays", classes: int | None = None
             "classes", classes, 2, MOST_CLASSES, expected="an integer from 2 on"
         )
     (train_x, train_y), (test_x, test_y) = (
-        _checked(name, split, *_pair(split, pair))
+        _checked(name, split, *_pair(name, split, pair))
         for split, pair in (("train", train), ("test", test))
     )
     if np.uint8 in (train_x.dtype, test_x.dtype) and train_x.dtype != test_x.dtype:
@@ -199,7 +199,7 @@ def from_arrays(train, test, *, name: str = "arrays", classes: int | None = None
         if n is None or n == len(test_y):
             return scaled(test_x), test_y
         if n > len(test_y):
-            raise ValueError(f"test_size={n}: {name} has {len(test_y)} test examples")
+            raise ValueError(f"--test_size={n}: {name} has {len(test_y)} test examples")
         rows = rng.choice(len(test_y), n, replace=False)
         return scaled(test_x[rows]), test_y[rows]
 
@@ -220,11 +220,11 @@ def from_arrays(train, test, *, name: str = "arrays", classes: int | None = None
     )
 
 
-def _pair(split, value):
+def _pair(name, split, value):
     expected = "a pair (x, y) of arrays"
     if not isinstance(value, (tuple, list)) or len(value) != 2:
-        checks.refuse(split, value, expected)
-    return tuple(_numbers(f"{split} {name}", v, expected) for name, v in zip("xy", value))
+        checks.refuse(f"{name}: {split}", value, expected)
+    return tuple(_numbers(f"{name}: {split} {part}", v, expected) for part, v in zip("xy", value))
 
 
 def _numbers(name, value, expected):
@@ -342,6 +342,12 @@ def _read_tfds(name, data_dir, download):
             "cifar10, any image-classification data set of TensorFlow Datasets "
             "(https://www.tensorflow.org/datasets/catalog), or module:function, a function "
             "(data_dir) -> ((x_train, y_train), (x_test, y_test))"
+        ) from None
+    except (AssertionError, ValueError) as error:  # a version that there is not, a bad name
+        reason = " ".join(str(error).split())[-200:]
+        raise ValueError(
+            f"--dataset={name}: cannot be loaded ({reason}); expected a data set of TensorFlow "
+            "Datasets"
         ) from None
     features = builder.info.features
     if builder.info.supervised_keys != ("image", "label") or None in features["image"].shape:

@@ -30,6 +30,7 @@ os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("MPLBACKEND", "Agg")  # figures go into files
 
+import numpy as np  # noqa: E402
 from absl import app, flags, logging  # noqa: E402
 
 from tf_gsnr import checks, environment, experiments, listing, plots, progress, records  # noqa: E402
@@ -168,10 +169,9 @@ def parse_flags(argv):
     for place, argument in enumerate(argv[1:], 1):
         of_file = "flagfile" in (argument.lstrip("-"), argv[place - 1].lstrip("-"))
         of_file |= argument.lstrip("-").startswith("flagfile=")
-        if argument.lstrip("-") == "flagfile=":
-            progress.stop("--flagfile=: expected the path of a file of flags", USAGE)
         (given if of_file else direct).append(argument)
     try:
+        _check_flagfiles(given)
         given = FLAGS.read_flags_from_files(given)
         name = _experiment_in([*given, *direct])
         experiment = experiments.load(name)
@@ -193,6 +193,23 @@ def parse_flags(argv):
         progress.stop(f"{error}\nSee {Path(argv[0]).name} --help", USAGE)
     except ValueError as error:
         progress.stop(f"error: {error}", USAGE)
+
+
+def _check_flagfiles(arguments):
+    """Raises ValueError for a flagfile that is no text, or never ends."""
+    for argument, after in zip(arguments, [*arguments[1:], ""]):
+        flag, equals, value = argument.lstrip("-").partition("=")
+        if flag != "flagfile" or not argument.startswith("-"):
+            continue
+        file = checks.path("--flagfile", value if equals else after, "a file of flags")
+        device = file.is_char_device() or file.is_block_device()
+        if device or file.is_dir():
+            checks.refuse("--flagfile", str(file), "the path of a file of flags")
+        if file.is_file():
+            try:
+                file.read_text(encoding="utf-8")
+            except UnicodeDecodeError:
+                checks.refuse("--flagfile", str(file), "a file of flags, which is text")
 
 
 def _experiment_in(arguments):
@@ -360,6 +377,9 @@ def _check_size(settings, source):
     if source.pool is not None and largest * (1 + unseen) > source.pool:
         more = " (and as many others, for --unseen)" if unseen else ""
         raise ValueError(f"--n={largest}{more}: {source.name} has {source.pool} training examples")
+    test_size = getattr(settings, "test_size", None)
+    if source.pool is not None and test_size is not None:
+        source.test(test_size, np.random.default_rng(0))  # raises where there are fewer
 
 
 def run(argv):

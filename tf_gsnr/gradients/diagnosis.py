@@ -147,7 +147,7 @@ def check_engine(
         raise ValueError("y=None: expected the targets of x (only a dataset has its own)")
     data = examples.collect(x, y, sample_weight)
     batches = examples.micro_batches(*data, examples.count(data))
-    x, y, sample_weight, _ = next(targets.whole_labels(model, of_batch.owner, batches))
+    x, y, sample_weight, _ = next(targets.whole_labels(model, loss, batches))
     network.check_inputs(model, x)
     options = dict(training=training, batch_norm=batch_norm)
     ours, theirs = (

@@ -104,10 +104,15 @@ def needs_targets(model, loss=None) -> bool:
     return loss is not None or not overrides_loss and getattr(model, "loss", None) is not None
 
 
-def _compiled(model, loss):
+def check(model, loss):
+    """Raises ValueError for what is no loss, or none for the outputs of this model."""
     outputs = getattr(model, "outputs", None)
     outputs = None if outputs is None else len(outputs)
     targets.check_loss(loss, outputs, getattr(model, "output_names", None))
+
+
+def _compiled(model, loss):
+    check(model, loss)
     return _WithLoss(model, loss)
 
 

@@ -144,6 +144,8 @@ def gradient_moments(
         jit_compile=jit_compile,
     )
     network.check(model)
+    if loss is not None:
+        losses.check(model, loss)
     onednn.warn_if_off(model)
     if strategy is not None:
         distributed.check_strategy(strategy, model)
@@ -161,11 +163,10 @@ def gradient_moments(
     given = examples.as_fit_gives_them(model, x, y, sample_weight, batch_size)
     if given[1] is None and not examples.is_stream(given[0]) and losses.needs_targets(model, loss):
         raise ValueError("y=None: expected the targets of x (only a dataset has its own)")
-    owner = losses.of_batch(model, loss).owner
     data = functools.partial(
-        _checked, model, owner, examples.micro_batches, *given, batch_size, not coupled, fixed
+        _checked, model, loss, examples.micro_batches, *given, batch_size, not coupled, fixed
     )
-    windows = functools.partial(_checked, model, owner, examples.windows, *given, batch_size, fixed)
+    windows = functools.partial(_checked, model, loss, examples.windows, *given, batch_size, fixed)
     one_pass = examples.is_stream(given[0]) and not isinstance(given[0], tf.data.Dataset)
     options = dict(
         sign_counts=sign_counts,
@@ -217,10 +218,10 @@ def check_options(*, engine, batch_size, seed, batch_norm, dtype, jit_compile, *
     checks.one_of("jit_compile", jit_compile, (True, False, "auto"))
 
 
-def _checked(model, owner, batches, *given):
+def _checked(model, loss, batches, *given):
     """Micro-batches, with inputs that the model takes and labels that are classes."""
     known = None
-    for batch in targets.whole_labels(model, owner, batches(*given)):
+    for batch in targets.whole_labels(model, loss, batches(*given)):
         shapes = [None if v is None else v.shape for v in tf.nest.flatten(batch[0])]
         if shapes != known:  # a generator may change its mind
             network.check_inputs(model, batch[0])

@@ -76,10 +76,18 @@ def _check_leaf(leaf):
         checks.function("loss", leaf, 2, EXPECTED)
 
 
-def kinds(owner) -> list:
-    """The class of each of the losses that a model was compiled with; None where it is another."""
-    loss = getattr(owner, "loss", None)
-    if owner.__class__.compute_loss is not keras.Model.compute_loss or loss is None:
+def losses_of(model, loss=None):
+    """The losses given, or compiled with; None where the model has a `compute_loss` of its own."""
+    if loss is not None:
+        return loss
+    if model.__class__.compute_loss is not keras.Model.compute_loss:
+        return None
+    return getattr(model, "loss", None)
+
+
+def kinds(loss) -> list:
+    """The class of each of these losses; None where it is none of Keras's."""
+    if loss is None:
         return []
     whole = callable(loss) or isinstance(loss, str)
     return [_kind(leaf) for leaf in ([loss] if whole else keras.tree.flatten(loss))]
@@ -102,7 +110,8 @@ def check(owner, y, predictions, sample_weight):
       owner: whose `compute_loss` it is.
       y, sample_weight, predictions: tensors, nested, with a leading axis of examples.
     """
-    if not kinds(owner):
+    losses = losses_of(owner)
+    if losses is None:
         return
     outputs = _by_name(owner, predictions)
     if outputs is None:  # nested deeper
@@ -110,7 +119,6 @@ def check(owner, y, predictions, sample_weight):
     for name, value in (("y", y), ("sample_weight", sample_weight)):
         if value is not None:
             _check_structure(name, value, outputs)
-    losses = owner.loss
     for place, name in enumerate(outputs):
         if (
             y is not None
@@ -218,31 +226,33 @@ def _text(shape):
     return f"[{', '.join('?' if size is None else str(size) for size in shape)}]"
 
 
-def whole_labels(model, owner, batches):
+def whole_labels(model, loss, batches):
     """The micro-batches; ValueError at a label that is no class, though a floating-point number.
 
     Of integers the loss itself says so.
 
     Args:
       model: for the number of its outputs.
-      owner: whose `compute_loss` it is.
+      loss: the one given, or None for the model's own.
       batches: `(x, y, sample_weight, valid)`.
     """
-    known = kinds(owner)
+    losses = losses_of(model, loss)
+    known = kinds(losses)
     labels = bool(OF_LABELS & set(known))
+    ignored = _ignored(losses) if labels else []
     outputs = getattr(model, "outputs", None) or []
     sizes = [v.shape[-1] for v in outputs] if len(outputs) == len(known) else [None] * len(known)
     start = 0
     for batch in batches:
         if labels:
-            _check_whole(known, sizes, _ignored(owner), batch[1], start)
+            _check_whole(known, sizes, ignored, batch[1], start)
             start += int(np.prod(batch[-1].shape))
         yield batch
 
 
-def _ignored(owner) -> list:
+def _ignored(losses) -> list:
     """The classes that losses are told to ignore."""
-    losses = [v for v in keras.tree.flatten(owner.loss) if isinstance(v, keras.losses.Loss)]
+    losses = [v for v in keras.tree.flatten(losses) if isinstance(v, keras.losses.Loss)]
     return [loss.get_config().get("ignore_class") for loss in losses if type(loss) in OF_LABELS]
 
 

@@ -184,6 +184,9 @@ def main(argv):
             print(file)
     except ValueError as error:
         progress.stop(f"error: {error}")
+    except OSError as error:
+        flags_of = "--output, --figures and --html say where to write"
+        progress.stop(f"error: {error.filename}: {error.strerror}; {flags_of}")
 
 
 def parse_flags(argv):

@@ -52,6 +52,7 @@ def settings(**given) -> Settings:
     """
     chosen = complete(Settings, given)
     at_most(chosen, given, "every", "epochs")
+    at_most(chosen, given, "batch_size", "n")
     if chosen.probe is not None and chosen.probe > chosen.n:
         raise ValueError(f"--probe={chosen.probe}: expected at most n = {chosen.n}")
     return chosen

@@ -52,6 +52,7 @@ def settings(**given) -> Settings:
     defaults = dict(model="toy_mlp", n=200) if value_of(Settings, given, "dataset") == "toy" else {}
     chosen = complete(Settings, given, defaults)
     at_most(chosen, given, "every", "epochs")
+    at_most(chosen, given, "batch_size", "n")
     at_most(chosen, given, "term_every", "epochs")
     if chosen.term_every % chosen.every:
         raise ValueError(
