@@ -51,7 +51,7 @@ model = keras.Sequential([keras.Input([8, 8, 1]), keras.layers.Flatten(),
 model.compile(keras.optimizers.Adam(0.01), keras.losses.SparseCategoricalCrossentropy(True))
 model.fit(x, y, 20, epochs=8, shuffle=False, verbose=0, callbacks=[
     keras.callbacks.BackupAndRestore(run + ".backup"),
-    tf_gsnr.GSNRCallback(x, y, every=1, validation_data=test, run_dir=run)])
+    tf_gsnr.GSNRCallback(x, y, every_epochs=1, test_data=test, run_dir=run)])
 """
 
 BLOBS = ["--dataset=faults_data:blobs"]

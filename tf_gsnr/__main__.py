@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import runpy
 import sys
+from pathlib import Path
 
-from tf_gsnr import lookup, progress
+from tf_gsnr import checks, lookup, progress
 
 COMMANDS = ("run", "report", "page", "list", "help")
 
@@ -31,8 +32,12 @@ def main(argv=None):
     elif command == "list":
         from tf_gsnr import listing
 
-        print(listing.text(*rest[:1]))
+        directory = _arguments(command, rest, most=1)
+        if directory and not Path(directory[0]).is_dir():
+            progress.stop(f"list: no such directory {directory[0]!r}: expected that of runs", 2)
+        print(listing.text(*directory))
     elif command in ("help", "--help", "-h", "-help"):
+        _arguments("help", rest, most=0)
         print(__doc__.strip())
     else:
         progress.stop(
@@ -41,9 +46,20 @@ def main(argv=None):
         )
 
 
+def _arguments(command, given, most=None):
+    """The directories given to a command, at most so many."""
+    for k, value in enumerate(given):
+        readable = value.strip() and value.isprintable() and not value.startswith("-")
+        if not readable or most is not None and k >= most:
+            expected = "directories" if most is None else f"{most} directory"
+            progress.stop(f"{command}: unexpected {checks.shown(value)}; expected {expected}", 2)
+    return given
+
+
 def _page(directories):
     from tf_gsnr import status
 
+    _arguments("page", directories)
     if not directories:
         progress.stop("page: expected the run_dir of a training, or several", 2)
     try:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tf_gsnr import records
+from tf_gsnr import checks, records
 
 
 def read(run_dir, frame: bool | None = None):
@@ -38,9 +38,14 @@ def read(run_dir, frame: bool | None = None):
     >>> columns["gsnr/mean"].tolist()
     [0.5, 0.25]
     """
+    checks.path("run_dir", run_dir)
+    if frame is not None:
+        checks.boolean("frame", frame)
     rows = records.read_records(run_dir)
     if not rows:
-        raise ValueError(f"run_dir={str(run_dir)!r}: there is no record in records.jsonl")
+        raise ValueError(
+            f"run_dir={str(run_dir)!r}: there is no record in records.jsonl; expected a run"
+        )
     table = columns(rows)
     if frame is None:
         frame = importlib.util.find_spec("pandas") is not None

@@ -14,7 +14,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tf_gsnr import lookup, progress
+from tf_gsnr import checks, lookup, progress
+
+MOST_CLASSES = 10**6
 
 
 class Source(NamedTuple):
@@ -65,6 +67,11 @@ def load(name: str, data_dir: str | None = None, download: bool = True, **option
     >>> x.shape, y.shape
     ((5, 2), (5, 1))
     """
+    if not isinstance(name, str) or not name.strip() or not name.isprintable():
+        checks.refuse("--dataset", name, "toy, mnist, another data set, or module:function")
+    if data_dir is not None:
+        checks.directory("--data_dir", data_dir)
+    checks.boolean("download", download)
     if name == "toy":
         return toy(**options)
     if lookup.is_reference(name):
@@ -78,8 +85,10 @@ def randomise(y, probability: float, source: Source, rng: np.random.Generator):
     A class label by a uniformly drawn class (which may be the same); a regression target by an
     independent draw of the target (section 2.4, appendix A.3).
     """
-    if not 0 <= probability <= 1:
-        raise ValueError(f"p_random={probability}: expected a probability, 0 to 1")
+    checks.number("p_random", probability, "a probability, 0 to 1", lambda value: 0 <= value <= 1)
+    checks.instance("source", source, Source, "a data.Source, such as load returns")
+    checks.instance("rng", rng, np.random.Generator, "what np.random.default_rng returns")
+    y = _numbers("y", y, "targets [examples, ...]")
     replaced = rng.random(len(y)) < probability
     noise = source.draw_labels(len(y), rng)
     return np.where(replaced.reshape([-1] + [1] * (y.ndim - 1)), noise, y).astype(y.dtype)
@@ -90,7 +99,14 @@ def toy(input_scale: float = 1.0, noise_scale: float = 0.01) -> Source:
 
     x0, x1 are uniform on +-input_scale, eps on +-noise_scale. The form is as reported, the
     intervals are our choice.
+
+    Raises:
+      ValueError: an interval is none.
     """
+    expected = "a positive number below 1e30"
+    checks.number("input_scale", input_scale, expected, lambda value: 0 < value < 1e30)
+    expected = "a number from 0 to 1e30"
+    checks.number("noise_scale", noise_scale, expected, lambda value: 0 <= value < 1e30)
 
     def draw(n, rng, beside=0):
         x = rng.uniform(-input_scale, input_scale, [n + beside, 2])
@@ -130,19 +146,40 @@ def from_arrays(train, test, *, name: str = "arrays", classes: int | None = None
     >>> source.input_shape, source.classes, source.pool
     ((8, 8, 1), 2, 10)
     """
+    checks.instance("name", name, str, "what to call the data set")
+    if not name.strip():
+        checks.refuse("name", name, "what to call the data set")
+    if classes is not None:
+        classes = checks.integer(
+            "classes", classes, 2, MOST_CLASSES, expected="an integer from 2 on"
+        )
     (train_x, train_y), (test_x, test_y) = (
-        _checked(name, split, *pair) for split, pair in (("train", train), ("test", test))
+        _checked(name, split, *_pair(name, split, pair))
+        for split, pair in (("train", train), ("test", test))
     )
+    if np.uint8 in (train_x.dtype, test_x.dtype) and train_x.dtype != test_x.dtype:
+        raise ValueError(
+            f"{name}: x is {train_x.dtype} in train and {test_x.dtype} in test; expected one "
+            "dtype, since uint8 is taken for pixels and scaled to 0..1"
+        )
     for what, a, b in (
         ("x has the shape", train_x.shape[1:], test_x.shape[1:]),
         ("y has the shape", train_y.shape[1:], test_y.shape[1:]),
         ("y is a number of kind", train_y.dtype.kind, test_y.dtype.kind),
     ):
         if a != b:
-            raise ValueError(f"{name}: an example's {what} {a} in train and {b} in test")
+            raise ValueError(
+                f"{name}: an example's {what} {a} in train and {b} in test; expected one"
+            )
     regression = train_y.dtype.kind == "f"
     if not regression:
-        classes = classes or int(max(train_y.max(), test_y.max())) + 1
+        most = int(max(train_y.max(), test_y.max()))
+        if most >= MOST_CLASSES:
+            raise ValueError(
+                f"{name}: a label in y of train or test is {most}; "
+                f"expected classes below {MOST_CLASSES:,}"
+            )
+        classes = classes or most + 1
         _check_labels(name, train_y, test_y, classes)
 
     def scaled(x):
@@ -162,7 +199,7 @@ def from_arrays(train, test, *, name: str = "arrays", classes: int | None = None
         if n is None or n == len(test_y):
             return scaled(test_x), test_y
         if n > len(test_y):
-            raise ValueError(f"test_size={n}: {name} has {len(test_y)} test examples")
+            raise ValueError(f"--test_size={n}: {name} has {len(test_y)} test examples")
         rows = rng.choice(len(test_y), n, replace=False)
         return scaled(test_x[rows]), test_y[rows]
 
@@ -183,9 +220,27 @@ def from_arrays(train, test, *, name: str = "arrays", classes: int | None = None
     )
 
 
+def _pair(name, split, value):
+    expected = "a pair (x, y) of arrays"
+    if not isinstance(value, (tuple, list)) or len(value) != 2:
+        checks.refuse(f"{name}: {split}", value, expected)
+    return tuple(_numbers(f"{name}: {split} {part}", v, expected) for part, v in zip("xy", value))
+
+
+def _numbers(name, value, expected):
+    try:
+        found = np.asarray(value)
+    except Exception:  # rows of several lengths, whatever an __array__ raises
+        checks.refuse(name, value, expected)
+    if found.dtype.kind not in "buif" or found.ndim == 0:
+        raise ValueError(
+            f"{name} is {found.dtype} {list(found.shape)}; expected numbers, {expected}"
+        )
+    return found
+
+
 def _checked(name, split, x, y):
     """The arrays of one split, each in the form that `from_arrays` keeps."""
-    x, y = np.asarray(x), np.asarray(y)
     if x.dtype.kind not in "buif" or y.dtype.kind not in "buif":
         raise ValueError(f"{name}: {split} x is {x.dtype} and y is {y.dtype}; expected numbers")
     if x.ndim < 2 or len(x) != len(y) or len(y) < 2:
@@ -195,7 +250,9 @@ def _checked(name, split, x, y):
         )
     for letter, values in (("x", x), ("y", y)):
         if not np.isfinite(values).all():
-            raise ValueError(f"{name}: {split} {letter} holds NaN or infinity")
+            raise ValueError(
+                f"{name}: {split} {letter} holds NaN or infinity; expected finite numbers"
+            )
     if y.dtype.kind == "f":
         y = y.astype(np.float32).reshape(len(y), -1)
         if y.shape[1] > 1 and (np.sort(y) == np.eye(1, y.shape[1], y.shape[1] - 1)).all():
@@ -216,7 +273,7 @@ def _check_labels(name, train_y, test_y, classes):
         if len(wrong):
             raise ValueError(
                 f"{name}: the label of {split} example {wrong[0]} is {labels[wrong[0]]}; "
-                f"expected 0 to {classes - 1}"
+                f"expected 0 to {classes - 1}, of {classes} classes"
             )
 
 
@@ -227,7 +284,16 @@ def from_function(reference: str, data_dir: str | None = None) -> Source:
     Raises:
       ValueError: no such function, or one that returns something else.
     """
-    given_back = lookup.function("dataset", reference, ("data_dir",))(data_dir)
+    function = lookup.function("dataset", reference, ("data_dir",))
+    try:
+        given_back = function(data_dir)
+    except TypeError as error:
+        if error.__traceback__ is None or error.__traceback__.tb_next is not None:
+            raise  # out of the function's own code
+        raise ValueError(
+            f"--dataset={reference}: it cannot be called with data_dir={data_dir!r}: {error}; "
+            "expected a function (data_dir) -> ((x_train, y_train), (x_test, y_test))"
+        ) from None
     if isinstance(given_back, Source):
         return given_back
     try:
@@ -276,6 +342,12 @@ def _read_tfds(name, data_dir, download):
             "cifar10, any image-classification data set of TensorFlow Datasets "
             "(https://www.tensorflow.org/datasets/catalog), or module:function, a function "
             "(data_dir) -> ((x_train, y_train), (x_test, y_test))"
+        ) from None
+    except (AssertionError, ValueError) as error:  # a version that there is not, a bad name
+        reason = " ".join(str(error).split())[-200:]
+        raise ValueError(
+            f"--dataset={name}: cannot be loaded ({reason}); expected a data set of TensorFlow "
+            "Datasets"
         ) from None
     features = builder.info.features
     if builder.info.supervised_keys != ("image", "label") or None in features["image"].shape:

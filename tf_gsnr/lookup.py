@@ -50,7 +50,7 @@ def module(flag: str, name: str, value: str | None = None) -> ModuleType:
             raise  # it is there, and imports something that is not
         raise ValueError(
             f"--{flag}={value or name}: there is no module {error.name!r}, neither in the current "
-            "directory nor among the installed packages"
+            "directory nor among the installed packages; expected one that Python finds"
         ) from None
 
 

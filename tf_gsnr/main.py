@@ -28,9 +28,11 @@ os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("MPLBACKEND", "Agg")  # figures go into files
 
+import numpy as np  # noqa: E402
 from absl import app, flags, logging  # noqa: E402
 
 from tf_gsnr import (  # noqa: E402
+    checks,
     ending,
     environment,
     experiments,
@@ -110,6 +112,7 @@ flags.DEFINE_integer(
     "only. Default: all of them, where the network has neither convolutions nor recurrent layers, "
     "for which it does not pay; else 1. benchmarks/experiments.py measures both.",
     lower_bound=1,
+    upper_bound=100_000,
 )
 flags.DEFINE_enum(
     "strategy",
@@ -189,6 +192,7 @@ def parse_flags(argv):
         of_file |= argument.lstrip("-").startswith("flagfile=")
         (given if of_file else direct).append(argument)
     try:
+        _check_flagfiles(given)
         given = FLAGS.read_flags_from_files(given)
         of = _value_in([*given, *direct], "replay")
         if of is not None:
@@ -213,6 +217,23 @@ def parse_flags(argv):
         progress.stop(f"{error}\nSee {Path(argv[0]).name} --help", USAGE)
     except ValueError as error:
         progress.stop(f"error: {error}", USAGE)
+
+
+def _check_flagfiles(arguments):
+    """Raises ValueError for a flagfile that is no text, or never ends."""
+    for argument, after in zip(arguments, [*arguments[1:], ""]):
+        flag, equals, value = argument.lstrip("-").partition("=")
+        if flag != "flagfile" or not argument.startswith("-"):
+            continue
+        file = checks.path("--flagfile", value if equals else after, "a file of flags")
+        device = file.is_char_device() or file.is_block_device()
+        if device or file.is_dir():
+            checks.refuse("--flagfile", str(file), "the path of a file of flags")
+        if file.is_file():
+            try:
+                file.read_text(encoding="utf-8")
+            except UnicodeDecodeError:
+                checks.refuse("--flagfile", str(file), "a file of flags, which is text")
 
 
 def _value_in(arguments, wanted):
@@ -281,9 +302,11 @@ def _environment(engine, jit_compile):
 
 
 def _name(dataset):
-    name = FLAGS.name or f"{FLAGS.experiment}_{dataset}".replace(":", ".").replace("/", "-")
-    if name in (".", "..") or Path(name).name != name:
-        raise ValueError(f"--name={name}: expected the name of a directory inside --runs_dir")
+    default = f"{FLAGS.experiment}_{dataset}".replace(":", ".").replace("/", "-")
+    name = default if FLAGS.name is None else FLAGS.name
+    bad = not name.strip() or not name.isprintable() or len(name.encode()) > 200 or name[0] == "-"
+    if bad or name in (".", "..") or Path(name).name != name:
+        checks.refuse("--name", name, "the name of a directory inside --runs_dir")
     return name
 
 
@@ -357,7 +380,7 @@ def plan(argv) -> Plan:
         configurations,
         configurations[part],
         source,
-        Path(FLAGS.runs_dir) / (_name(settings.dataset) + suffix),
+        checks.directory("--runs_dir", FLAGS.runs_dir) / (_name(settings.dataset) + suffix),
         dict(
             engine=FLAGS.engine,
             jit_compile=engines.resolve_jit_compile(jit),
@@ -380,6 +403,9 @@ def _check_size(settings, source):
     if source.pool is not None and largest * (1 + unseen) > source.pool:
         more = " (and as many others, for --unseen)" if unseen else ""
         raise ValueError(f"--n={largest}{more}: {source.name} has {source.pool} training examples")
+    test_size = getattr(settings, "test_size", None)
+    if source.pool is not None and test_size is not None:
+        source.test(test_size, np.random.default_rng(0))  # raises where there are fewer
 
 
 def run(argv):

@@ -18,7 +18,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from tf_gsnr import arrays
+from tf_gsnr import arrays, checks
+from tf_gsnr import moments as of_gradients
 from tf_gsnr.moments import Moments
 
 DIRECTIONS = 8  # [ours] in which gradients are taken to vary where nothing says how many they are
@@ -134,6 +135,7 @@ def gsnr(moments: Moments, bias_corrected: bool = True) -> list:
     ([1.5], [4.0])
     """
     _check_count(moments)
+    checks.boolean("bias_corrected", bias_corrected)
     ddof = 1 if bias_corrected else 0
     ratios = []
     for mean, variance in zip(arrays.wide(moments.mean), arrays.wide(moments.variance(ddof))):
@@ -167,6 +169,7 @@ def same_sign(moments: Moments, bias_corrected: bool = True) -> list:
     [[0.33], [0.67]]
     """
     _check_signs(moments)
+    checks.boolean("bias_corrected", bias_corrected)
     shares = []
     for counts in zip(moments.positives, moments.negatives):
         positive, negative = map(arrays.like_float, counts)
@@ -231,7 +234,14 @@ def osgr(moments: Moments, examples: int | None = None, bias_corrected: bool = T
 
     Returns:
       A float between 0 and 1 (a scalar tensor in a graph); NaN where |G|^2 cannot be told from 0.
+
+    Raises:
+      ValueError: `examples` is no positive integer.
     """
+    if examples is not None and not _is_symbolic(examples):
+        examples = checks.positive_integer(
+            "examples", examples, ", the number of training examples"
+        )
     signal, trace, told = _sums(moments, bias_corrected)
     n = _examples(trace, moments) if examples is None else examples
     return arrays.scalar(_where(told, signal, signal + trace / n))
@@ -269,6 +279,7 @@ def gradient_diversity(moments: Moments):
 
     NaN where the mean gradient is zero.
     """
+    _check_count(moments, least=1)
     signal = _squared_norm(moments)
     n = arrays.like(signal, moments.count)
     squares = _total(moments.m2) + n * signal
@@ -293,7 +304,14 @@ def gap_growth(moments: Moments, learning_rate: float):
 
     Returns:
       A float in units of the loss.
+
+    Raises:
+      ValueError: `learning_rate` is below zero, or no number.
     """
+    if not _is_symbolic(learning_rate):
+        learning_rate = checks.number(
+            "learning_rate", learning_rate, "a number from 0 on", lambda value: value >= 0
+        )
     return osgr_terms(moments)[0] * learning_rate
 
 
@@ -302,10 +320,13 @@ def gap_shares(moments: Moments, model) -> dict:
 
     NaN for a layer that was not measured.
 
-
     Returns:
       `{layer path: share}` in the order of the model.
+
+    Raises:
+      ValueError: the moments are not of this model.
     """
+    _check_count(of_gradients.check_of_model(moments, model), least=1)
     variances = moments.variance()
     totals = {
         layer: _total([variances[i] for i in indices], of_none=np.nan)
@@ -322,8 +343,11 @@ def by_layer(paths) -> dict:
     >>> by_layer(["net/dense/kernel", "net/dense/bias", "scale"])
     {'net/dense': [0, 1], 'scale': [2]}
     """
+    expected = "a list of variables' paths"
+    checks.instance("paths", paths, (list, tuple), expected)
     layers = {}
     for index, path in enumerate(paths):
+        checks.instance("paths", path, str, expected)
         layers.setdefault(path.rpartition("/")[0] or path, []).append(index)
     return layers
 
@@ -338,9 +362,11 @@ def osgr_predicted(list_of_moments) -> float:
 
     Returns:
       A float: a ratio of sums over the training sets, never a mean of ratios.
+
+    Raises:
+      ValueError: no list of moments, or of different networks or numbers of examples.
     """
-    if isinstance(list_of_moments, Moments):
-        list_of_moments = [list_of_moments]
+    list_of_moments = of_gradients.check_alike("list_of_moments", list_of_moments)
     noise, signal = zip(*map(osgr_terms, list_of_moments))
     return 1 - arrays.scalar(arrays.divide(sum(noise), sum(signal), np.nan))
 
@@ -352,8 +378,7 @@ def osgr_from_gsnr(list_of_moments) -> float:
 
     with E the mean over the training sets and r_j = E g_j^2 / E rho2_j - 1/n.
     """
-    if isinstance(list_of_moments, Moments):
-        list_of_moments = [list_of_moments]
+    list_of_moments = of_gradients.check_alike("list_of_moments", list_of_moments)
     n = list_of_moments[0].count
     # Per parameter, the means over the training sets of g^2 and of rho2.
     means = zip(*(arrays.wide(m.mean) for m in list_of_moments))
@@ -382,14 +407,14 @@ def osgr_measured(train_losses, test_losses) -> float:
       test_losses: `[M, 2]`, likewise on the test set.
 
     Raises:
-      ValueError: the arrays are not `[M, 2]`.
+      ValueError: the arrays are not `[M, 2]`, of one M, or not finite.
 
     Example:
 
     >>> osgr_measured([[2.0, 1.0], [2.0, 1.5]], [[2.0, 1.25], [2.0, 1.625]])
     0.75
     """
-    test, train = _decreases("test_losses", test_losses), _decreases("train_losses", train_losses)
+    train, test = _decreases(train_losses, test_losses)
     return ratio_of_sums(test, train)[0]
 
 
@@ -404,16 +429,22 @@ def osgr_measured_se(train_losses, test_losses, test_decreases=None) -> float:
     Args:
       test_decreases: `[n']`, each test example's decrease of the loss, averaged over the M models.
     """
-    train = _decreases("train_losses", train_losses)
-    se = ratio_of_sums(_decreases("test_losses", test_losses), train)[1]
+    train, test = _decreases(train_losses, test_losses)
+    se = ratio_of_sums(test, train)[1]
     if test_decreases is not None:
-        d = np.asarray(test_decreases, np.float64)
+        d = checks.array(
+            "test_decreases",
+            test_decreases,
+            "[n'] numbers, two at least, one for each test example",
+            lambda d: d.ndim == 1 and len(d) > 1,
+        )
         se = np.hypot(se, np.sqrt(d.var(ddof=1) / len(d)) / abs(train.mean()))
     return float(se)
 
 
 def osgr_predicted_se(list_of_moments) -> float:
     """Standard error of `osgr_predicted` over the M training sets, by the jackknife."""
+    list_of_moments = of_gradients.check_alike("list_of_moments", list_of_moments)
     return ratio_of_sums(*zip(*map(osgr_terms, list_of_moments)))[1]
 
 
@@ -422,7 +453,9 @@ def ratio_of_sums(numerators, denominators) -> tuple[float, float]:
 
     The error is NaN with fewer than two entries.
     """
-    a, b = np.asarray(numerators, np.float64), np.asarray(denominators, np.float64)
+    expected = "[M] numbers, as many numerators as denominators"
+    b = checks.array("denominators", denominators, expected, lambda b: b.ndim == 1, finite=False)
+    a = checks.array("numerators", numerators, expected, lambda a: a.shape == b.shape, finite=False)
     ratio = a.sum() / b.sum()
     m = len(a)
     if m < 2:
@@ -445,7 +478,10 @@ def summarize(moments: Moments, model) -> dict:
 
     Args:
       moments: of at least two examples.
-      model: for the names of the variables.
+      model: that they are of, for the names of its variables.
+
+    Raises:
+      ValueError: fewer than two examples; or the moments are not of this model.
 
     Example:
 
@@ -456,6 +492,7 @@ def summarize(moments: Moments, model) -> dict:
     >>> round(summary["gsnr/mean"], 2), round(summary["gsnr_plain/mean"], 2), summary["dead"]
     (19.09, 21.6, 0)
     """
+    of_gradients.check_of_model(moments, model)
     ratios, plain = gsnr(moments), gsnr(moments, bias_corrected=False)
     all_ratios, whole_plain = arrays.flat(ratios), arrays.flat(plain)
     mean = _shown_mean(moments, ratios)
@@ -491,6 +528,8 @@ def summarize(moments: Moments, model) -> dict:
 
 def why_nan(moments: Moments, model, record: dict) -> dict:
     """Why numbers of `summarize` are NaN: `{reason: [names]}`."""
+    of_gradients.check_of_model(moments, model)
+    checks.instance("record", record, dict, "a record of summarize")
     reasons = {}
     paths = [v.path for v in model.trainable_variables]
     varied = [np.sum(m2) > 0 for m2 in moments.m2]
@@ -513,6 +552,10 @@ def mean_gsnr(moments: Moments) -> float:
 
 def part_of(moments: Moments, indices) -> Moments:
     """The moments of some variables."""
+    expected = f"a list of integers from 0 to {len(moments.mean) - 1}, places of variables"
+    checks.instance("indices", indices, (list, tuple, range, np.ndarray), expected)
+    for i in indices:
+        checks.integer("indices", i, 0, len(moments.mean) - 1, expected)
     lists = (moments.mean, moments.m2, moments.positives, moments.negatives)
     return Moments(
         moments.count, moments.loss, *([v[i] for i in indices] if v else [] for v in lists)
@@ -539,6 +582,7 @@ def _told(moments):
 def _sums(moments, bias_corrected=True):
     """`(|G|^2, tr(Sigma), whether the former can be told from zero)`."""
     _check_count(moments)
+    checks.boolean("bias_corrected", bias_corrected)
     trace = _total(moments.variance(1 if bias_corrected else 0))
     signal = _squared_norm(moments)
     if not bias_corrected:
@@ -570,24 +614,32 @@ def _squared_norm(moments):
     return _total([g**2 for g in arrays.wide(moments.mean)])
 
 
-def _check_count(moments):
-    if not arrays.is_tensor(moments.count) and moments.count < 2:
+def _is_symbolic(value) -> bool:
+    """Whether it is a tensor of a graph, which has no value yet."""
+    return arrays.is_tensor(value) and not hasattr(value, "numpy")
+
+
+def _check_count(moments, least=2):
+    of_gradients.check(moments)
+    if not arrays.is_tensor(moments.count) and moments.count < least:
         raise ValueError(
-            f"moments of {int(moments.count)} example(s) have no variance; expected at least 2"
+            f"moments of {int(moments.count)} example(s) have no variance; expected at least "
+            f"{least}"
         )
 
 
 def _check_signs(moments):
+    of_gradients.check(moments)
     if not moments.positives:
         raise ValueError(
             "moments without sign counts: measure with gradient_moments(..., sign_counts=True)"
         )
 
 
-def _decreases(name, losses):
-    losses = np.asarray(losses, np.float64)
-    if losses.ndim != 2 or losses.shape[1] != 2:
-        raise ValueError(
-            f"{name} has shape {losses.shape}; expected [M, 2]: before and after the step"
-        )
-    return losses[:, 0] - losses[:, 1]
+def _decreases(train_losses, test_losses):
+    """Of the training and of the test losses, `[M]` each."""
+    expected = "[M, 2] losses before and after the step, of as many training sets as test_losses"
+    expected += " and train_losses both have"
+    test = checks.array("test_losses", test_losses, expected, lambda v: v.shape[1:] == (2,))
+    train = checks.array("train_losses", train_losses, expected, lambda v: v.shape == test.shape)
+    return train[:, 0] - train[:, 1], test[:, 0] - test[:, 1]

@@ -8,6 +8,7 @@ names of their own: records are keyed by them, and Keras's automatic ones count 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import keras
@@ -15,7 +16,7 @@ import numpy as np
 import tensorflow as tf
 from keras import layers
 
-from tf_gsnr import lookup
+from tf_gsnr import checks, lookup
 
 
 def mnist_cnn(input_shape, outputs, width) -> keras.Model:
@@ -231,6 +232,19 @@ def build(name: str, input_shape, outputs: int, width: int, seed: int) -> keras.
     >>> build("toy_mlp", (2,), 1, width=20, seed=0).count_params()
     81
     """
+    if not isinstance(name, str):
+        checks.refuse("model", name, "a name, or module:function")
+    width = checks.positive_integer("width", width, most=100_000)
+    outputs = checks.positive_integer("outputs", outputs, most=10**6)
+    seed = checks.integer("seed", seed, 0, 2**32 - 1, "an integer from 0 on")
+    expected = "the shape of an example, a tuple of positive integers"
+    checks.instance("input_shape", input_shape, (tuple, list), expected)
+    if not input_shape:
+        checks.refuse("input_shape", input_shape, expected)
+    for size in input_shape:
+        checks.integer("input_shape", size, 1, expected=expected)
+    if math.prod(input_shape) > 10**8:
+        checks.refuse("input_shape", input_shape, expected + ", of at most 100,000,000 numbers")
     reference = lookup.is_reference(name)
     if not reference and name not in MODELS:
         raise ValueError(

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow as tf
 
-from tf_gsnr import arrays
+from tf_gsnr import arrays, checks
 
 Array = Any  # a numpy array or a TensorFlow tensor
 
@@ -53,6 +53,10 @@ class Moments(NamedTuple):
     negatives: list = []
 
     def __repr__(self):
+        try:
+            check(self, least=0)
+        except ValueError:
+            return f"Moments{tuple(self)!r}"
         if tf.is_tensor(self.count) or not self.mean:
             return f"Moments of {len(self.mean)} variables"
         return f"Moments of {', '.join(self._about())}"
@@ -80,7 +84,18 @@ class Moments(NamedTuple):
           variables: arrays, tensors or variables, for their shapes and dtypes.
           dtype: of the moments, instead of the variables' own.
           sign_counts: whether signs are counted.
+
+        Raises:
+          ValueError: an argument is not usable; the message names it.
         """
+        checks.boolean("sign_counts", sign_counts)
+        if dtype is not None:
+            dtype = checks.floating("dtype", dtype)
+        expected = "a list of variables, arrays or tensors of floating-point numbers"
+        checks.instance("variables", variables, (list, tuple), expected)
+        for v in variables:
+            if not hasattr(v, "shape") or not _is_floating(v):
+                checks.refuse("variables", v, expected)
         zeros = [tf.zeros(v.shape, dtype or v.dtype) for v in variables]
         counts = [tf.zeros(v.shape, tf.int64) for v in variables] if sign_counts else []
         return cls(tf.zeros([], tf.int64), tf.zeros([], tf.float64), zeros, zeros, counts, counts)
@@ -94,9 +109,20 @@ class Moments(NamedTuple):
           losses: `[n]`.
           valid: optional bool `[n]`; examples that are not valid (padding) count for nothing.
           sign_counts: whether to count signs.
+
+        Raises:
+          ValueError: an argument is not usable; the message names it.
         """
-        gradients = [tf.convert_to_tensor(g) for g in gradients]
-        losses = tf.cast(losses, tf.float64)
+        checks.boolean("sign_counts", sign_counts)
+        expected = "a list of arrays [n, *variable.shape] of floating-point numbers"
+        checks.instance("gradients", gradients, (list, tuple), expected)
+        gradients = [_tensor("gradients", g, expected, _is_floating) for g in gradients]
+        expected = "numbers [n], of n examples"
+        losses = tf.cast(_tensor("losses", losses, expected, _is_real), tf.float64)
+        if valid is not None:
+            expected = "booleans [n], of n examples"
+            valid = _tensor("valid", valid, expected, lambda v: v.dtype == tf.bool)
+        _check_rows(gradients, losses, valid)
         if valid is None:
             valid = tf.ones(tf.shape(losses), tf.bool)
         count = tf.math.count_nonzero(valid, dtype=tf.int64)
@@ -122,7 +148,16 @@ class Moments(NamedTuple):
             m2 = m2_a + m2_b + delta^2 n_a n_b / n
 
         Associative and commutative up to rounding; `Moments.empty` is neutral.
+
+        Raises:
+          ValueError: they are of other variables, or signs were counted in one of them only.
         """
+        check(other, "other", least=0)
+        if shapes(self) != shapes(other) or len(self.positives) != len(other.positives):
+            raise ValueError(
+                f"other={checks.shown(other)}: expected moments of the same variables, of shapes "
+                f"{shapes(self)}, with signs counted in both or in neither"
+            )
         counts = self.count, other.count
         pairs = zip(zip(self.mean, self.m2), zip(other.mean, other.m2))
         merged = [pairwise(counts, *pair) for pair in pairs]
@@ -142,11 +177,19 @@ class Moments(NamedTuple):
         Args:
           ddof: 0 for the variance of these examples (the paper's estimators), 1 for the unbiased
             estimate of the variance of the distribution they were drawn from.
+
+        Raises:
+          ValueError: it is no integer from 0 on, or there are no more examples than that.
         """
+        if type(ddof) is not int or ddof:
+            checks.integer("ddof", ddof, 0)
+            if ddof and not arrays.is_tensor(self.count) and self.count <= ddof:
+                checks.refuse("ddof", ddof, f"less than the {int(self.count)} examples")
         return [v / arrays.like(v, self.count - ddof) for v in self.m2]
 
     def astype(self, dtype) -> Moments:
-        """The same moments with `mean` and `m2` as tensors of another dtype."""
+        """The same moments with `mean` and `m2` as tensors of another floating-point dtype."""
+        dtype = checks.floating("dtype", dtype)
         return self._replace(
             mean=[tf.cast(v, dtype) for v in self.mean], m2=[tf.cast(v, dtype) for v in self.m2]
         )
@@ -156,6 +199,121 @@ class Moments(NamedTuple):
         return tf.nest.map_structure(
             lambda v: np.array(v) if tf.is_tensor(v) else np.asarray(v), self
         )
+
+
+def check(moments, name: str = "moments", least: int = 1) -> Moments:
+    """The value, if it is `Moments` whose fields fit each other.
+
+    Args:
+      name: of the argument, for the error.
+      least: of how many variables they must be.
+
+    Raises:
+      ValueError: it is something else; the message says what.
+    """
+    if not isinstance(moments, Moments):
+        checks.refuse(name, moments, "Moments, such as gradient_moments returns")
+    mean, m2, signs = moments.mean, moments.m2, [moments.positives, moments.negatives]
+    of = f"{name}: expected Moments of gradient_moments,"
+    if not all(isinstance(part, (list, tuple)) for part in (mean, m2, *signs)):
+        raise ValueError(f"{of} whose mean, m2, positives and negatives are lists")
+    if len(mean) < least:
+        raise ValueError(f"{of} got some of no variable")
+    if not all(hasattr(v, "dtype") and _is_floating(v) for v in (*mean, *m2)):
+        raise ValueError(f"{of} whose mean and m2 are arrays of floating-point numbers")
+    for part in (m2, *(one for one in signs if one)):
+        if [tuple(v.shape) for v in part] != [tuple(v.shape) for v in mean]:
+            raise ValueError(f"{of} with an entry of one shape for each variable in every list")
+    count = checks.plain(moments.count)
+    whole = isinstance(count, (int, float)) and count % 1 == 0 and count >= 0
+    if not whole and not arrays.is_tensor(count):
+        raise ValueError(f"{of} got a count of {checks.shown(count)}")
+    if any(isinstance(v, np.ndarray) and np.min(v, initial=0) < 0 for v in m2):
+        raise ValueError(f"{of} got an m2 below zero, and it is a sum of squares")
+    return moments
+
+
+def shapes(moments) -> list:
+    """Of the variables."""
+    return [tuple(v.shape) for v in moments.mean]
+
+
+def check_of_model(moments, model) -> Moments:
+    """The moments, if they are those of the model's trainable variables.
+
+    Raises:
+      ValueError: they are not, or it is no model.
+    """
+    checks.keras_model(model)
+    check(moments)
+    expected = [tuple(v.shape) for v in model.trainable_variables]
+    if shapes(moments) != expected:
+        raise ValueError(
+            f"moments: of variables of shapes {checks.shown(shapes(moments))}; expected those of "
+            f"model {model.name!r}, {checks.shown(expected)}: pass the model that they are of"
+        )
+    return moments
+
+
+def check_alike(name: str, list_of_moments) -> list:
+    """A list of moments of one network, each of as many examples.
+
+    Raises:
+      ValueError: it is something else; the message says what.
+    """
+    if isinstance(list_of_moments, Moments):
+        list_of_moments = [list_of_moments]
+    expected = "Moments, or a list of Moments of one network, of as many examples each"
+    if isinstance(list_of_moments, (str, bytes, dict)) or not np.iterable(list_of_moments):
+        checks.refuse(name, list_of_moments, expected)
+    found = list(list_of_moments)
+    if not found:
+        checks.refuse(name, list_of_moments, expected)
+    for moments in found:
+        check(moments, name)
+    for what, values in (
+        ("of variables of several shapes", [shapes(moments) for moments in found]),
+        ("of several numbers of examples", [checks.plain(moments.count) for moments in found]),
+    ):
+        if any(not arrays.is_tensor(v) and v != values[0] for v in values):
+            raise ValueError(f"{name}: {what}; expected {expected}")
+    return found
+
+
+def _is_floating(v) -> bool:
+    try:
+        return tf.as_dtype(v.dtype).is_floating
+    except TypeError:  # numpy's own: texts, dates
+        return False
+
+
+def _is_real(v) -> bool:
+    return _is_floating(v) or v.dtype.is_integer
+
+
+def _tensor(name, value, expected, holds):
+    """The value as a tensor with an axis of examples."""
+    try:
+        found = tf.convert_to_tensor(value)
+    except (TypeError, ValueError, tf.errors.OpError):
+        checks.refuse(name, value, expected)
+    if not holds(found) or found.shape.rank == 0:
+        checks.refuse(name, value, expected)
+    return found
+
+
+def _check_rows(gradients, losses, valid):
+    """Raises ValueError where they are known to be of several numbers of examples."""
+    given = [("losses", losses)] + ([] if valid is None else [("valid", valid)])
+    n = next((g.shape[0] for g in gradients if g.shape.rank is not None and g.shape[0]), None)
+    for name, value in [*given, *(("gradients", g) for g in gradients)]:
+        rows = value.shape[0] if value.shape.rank else None
+        flat = name == "gradients" or value.shape.rank in (None, 1)
+        if not flat or None not in (n, rows) and rows != n:
+            raise ValueError(
+                f"{name}: of shape {value.shape}; expected an axis of {n} examples, as the first "
+                "of gradients has"
+            )
 
 
 def pairwise(counts, a, b) -> tuple:

@@ -66,9 +66,16 @@ class Progress:
 
 
 def stop(text: str, code: int = 1):
-    """Ends the program with a line on stderr: 2 where it was called wrongly, else 1."""
-    say(text)
+    """Ends the program with a line on stderr: 2 where it was called wrongly, else 1.
+
+    What is too long to be read is cut in the middle.
+    """
+    say("\n".join(map(_cut, text.splitlines())))
     raise SystemExit(code)
+
+
+def _cut(line: str) -> str:
+    return line if len(line) < 1000 else f"{line[:300]} ... {line[-300:]}"
 
 
 def say(text: str, stream=None):

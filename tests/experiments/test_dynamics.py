@@ -248,7 +248,7 @@ def test_bad_settings_are_named():
     for bad in (dict(epochs=0), dict(probe=1), dict(n=[5, 6])):
         with pytest.raises(ValueError, match=f"--{next(iter(bad))}="):
             DYNAMICS.settings(**bad)
-    with pytest.raises(ValueError, match="--probe=60: expected at most n = 50"):
+    with pytest.raises(ValueError, match="--probe=60: expected at most --n=50"):
         DYNAMICS.settings(n=50, probe=60)
     assert DYNAMICS.settings(model="simple_cnn,linear_svm").model == ["simple_cnn", "linear_svm"]
     with pytest.raises(ValueError, match="--dataset=toy: .*needs classes"):

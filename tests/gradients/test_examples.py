@@ -371,9 +371,9 @@ def test_what_fits_a_model():
     model = keras.Sequential([keras.Input([3], batch_size=5), keras.layers.Dense(1)])
     probe.check_fits(model, X, "x")
     probe.check_fits(model, X[:, :, None], "x")
-    with pytest.raises(ValueError, match=r"shape \(4,\), model .* takes \(3,\)"):
+    with pytest.raises(ValueError, match=r"shape \(4,\); expected \(3,\), as model .* takes"):
         probe.check_fits(model, SPARSE, "x")
-    with pytest.raises(ValueError, match="has 2 inputs, model .* takes 1"):
+    with pytest.raises(ValueError, match="2 inputs are given; expected 1, as model .* takes"):
         probe.check_fits(model, [X, None], "x")
     held, *_ = examples.collect(tf.data.Dataset.from_tensors((X[:, :2], Y)))
     with pytest.raises(ValueError, match=r"shape \(2,\)"):

@@ -283,7 +283,7 @@ def test_steps_per_execution_and_schedules():
     [
         (dict(every_epochs=0), "every_epochs=0"),
         (dict(every_steps=-1), "every_steps=-1"),
-        (dict(every_steps=1, every_epochs=1), "give one of"),
+        (dict(every_steps=1, every_epochs=1), "expected one of every_epochs"),
         (dict(schedule=3), "schedule=3"),
         (dict(engine="fast"), "unknown engine"),
         (dict(test_data=X), "expected a pair"),
@@ -299,7 +299,7 @@ def test_refuses_arguments(arguments, message):
 
 
 def test_refuses_a_probe_set_that_does_not_fit():
-    with pytest.raises(ValueError, match=r"shape \(4,\), model .* takes \(5,\)"):
+    with pytest.raises(ValueError, match=r"shape \(4,\); expected \(5,\), as model .* takes"):
         fit(classifier(), tf_gsnr.GSNRCallback(X[:, :4], LABELS))
     with pytest.raises(ValueError, match="number of examples"):
         fit(classifier(), tf_gsnr.GSNRCallback(X, LABELS[:3]))

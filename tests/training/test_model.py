@@ -209,7 +209,7 @@ def test_gap_growth_is_not_shown_for_other_optimisers():
         (dict(measure_every=1.5), "measure_every=1.5"),
         (dict(engine="fast"), "unknown engine 'fast'"),
         (dict(pool="run"), "unknown pool 'run'"),
-        (dict(shown=["snr"]), "unknown .*snr.*available: gsnr"),
+        (dict(shown=["snr"]), "unknown .snr.; expected a tuple of some of gsnr"),
         (dict(examples=0), "examples=0"),
     ],
 )

@@ -40,6 +40,8 @@ def load(name: str):
     if name in EXPERIMENTS:
         return _Ours(name)
     try:
+        if not all(map(str.isidentifier, name.split("."))):
+            raise ValueError("no name of a module")
         module = lookup.module("experiment", name)
     except ValueError:
         raise ValueError(

@@ -12,8 +12,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from tf_gsnr import keras_internals
-from tf_gsnr.gradients import examples, losses, network
+from tf_gsnr import checks, keras_internals
+from tf_gsnr.gradients import examples, losses, network, targets
 from tf_gsnr.gradients.layerwise import capture, rules
 from tf_gsnr.gradients.layerwise import engine as layerwise
 from tf_gsnr.gradients.vectorized import engine as vectorized
@@ -140,9 +140,15 @@ def check_engine(
     True
     """
     network.check(model)
+    checks.boolean("training", training)
+    network.check_batch_norm(batch_norm)
     of_batch = losses.of_batch(model, loss)
+    if y is None and not examples.is_stream(x) and losses.needs_targets(model, loss):
+        raise ValueError("y=None: expected the targets of x (only a dataset has its own)")
     data = examples.collect(x, y, sample_weight)
-    x, y, sample_weight, _ = next(iter(examples.micro_batches(*data, examples.count(data))))
+    batches = examples.micro_batches(*data, examples.count(data))
+    x, y, sample_weight, _ = next(targets.whole_labels(model, loss, batches))
+    network.check_inputs(model, x)
     options = dict(training=training, batch_norm=batch_norm)
     ours, theirs = (
         tf.function(engine.build(model, of_batch, **options), autograph=False)(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import tensorflow as tf
 from absl import logging
 
-from tf_gsnr import lookup
+from tf_gsnr import checks
 from tf_gsnr.gradients import contract, losses, network
 from tf_gsnr.gradients.layerwise import engine as layerwise
 from tf_gsnr.gradients.vectorized import engine as vectorized
@@ -37,10 +37,7 @@ def build(model, loss=None, *, engine: str = "auto", **options) -> contract.Meas
 
 
 def check_name(engine: str):
-    if engine != "auto" and engine not in ENGINES:
-        names = ["auto", *sorted(ENGINES)]
-        meant = lookup.suggestion(str(engine), names)
-        raise ValueError(f"unknown engine {engine!r}{meant}; available: {', '.join(names)}")
+    checks.choice("engine", engine, ["auto", *sorted(ENGINES)])
 
 
 def tried(engine: str) -> list[str]:
@@ -54,8 +51,7 @@ def resolve_jit_compile(jit_compile: bool | str) -> bool:
 
     XLA makes convolutions 2.5 to 4.7 times slower on a CPU, the plain step included.
     """
-    if jit_compile not in (True, False, "auto"):
-        raise ValueError(f"jit_compile={jit_compile!r}: expected True, False or 'auto'")
+    checks.one_of("jit_compile", jit_compile, (True, False, "auto"))
     if jit_compile != "auto":
         return bool(jit_compile)
     accelerators = tf.config.list_logical_devices("GPU") + tf.config.list_logical_devices("TPU")

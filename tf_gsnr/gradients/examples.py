@@ -135,7 +135,7 @@ def _batches(x, y, sample_weight, batch_size):
         raise ValueError(f"x is a {_kind(x)}: y and sample_weight come with it, pass None")
     if isinstance(x, tf.data.Dataset):
         if x.cardinality() == tf.data.INFINITE_CARDINALITY:
-            raise ValueError("x is an infinite tf.data.Dataset: cut it with .take(batches)")
+            raise ValueError("x is an infinite tf.data.Dataset: cut it, pass x.take(batches)")
         elements = x.rebatch(batch_size) if _have_one_shape(x.element_spec) else x
     elif isinstance(x, keras.utils.PyDataset):
         if x.num_batches is None:
@@ -207,12 +207,22 @@ def _checked(x, y, sample_weight, where="", hint=""):
         for name, value in (("x", x), ("y", y), ("sample_weight", sample_weight))
     )
     leaves = [v for v in tf.nest.flatten(batch) if v is not None]
+    for v in tf.nest.flatten(batch[2]):
+        if v is not None and not _is_real(v.dtype):
+            raise ValueError(
+                f"sample_weight: of dtype {tf.as_dtype(v.dtype).name}; expected numbers"
+            )
     if all(v is None for v in tf.nest.flatten(batch[0])):
         raise ValueError(f"x={x!r}: expected examples, a fixed set of arrays or a tf.data.Dataset")
     if y is None and sample_weight is not None:
         raise ValueError("sample_weight with y=None: expected the targets whose losses it weights")
     _check_lengths({int(_length(v)) for v in leaves}, where, hint)
     return batch
+
+
+def _is_real(dtype) -> bool:
+    dtype = tf.as_dtype(dtype)
+    return dtype.is_floating or dtype.is_integer or dtype.is_bool
 
 
 def _check_lengths(lengths, where, hint):
@@ -234,6 +244,8 @@ def _arrays(name, value, hint=""):
             raise ValueError(f"{name} is a scalar; expected a leading axis of examples{hint}")
         return v
 
+    if value is not None and not tf.nest.flatten(value):
+        raise ValueError(f"{name}={value!r}: expected arrays or tensors, got none")
     return tf.nest.map_structure(array, value)
 
 
@@ -252,7 +264,13 @@ def _array(name, v):
             f"inputs or outputs: make numbers or strings an array, np.array({name}); of a data "
             "loader pass a generator, (batch for batch in loader)"
         )
-    v = np.asarray(v)
+    try:
+        v = np.asarray(v)
+    except Exception as error:  # a symbolic tensor, whatever an __array__ raises
+        raise ValueError(
+            f"{name}: {type(v).__name__} is no array ({str(error).splitlines()[0]}); expected "
+            "arrays or tensors"
+        ) from error
     try:
         tf.as_dtype(v.dtype)
         return tf.convert_to_tensor(v) if v.dtype == object else v

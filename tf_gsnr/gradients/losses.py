@@ -8,13 +8,15 @@ Index letters: n example.
 from __future__ import annotations
 
 import contextlib
+import os
+import traceback
 from collections.abc import Callable
 
 import keras
 import tensorflow as tf
 
 from tf_gsnr import keras_internals
-from tf_gsnr.gradients import examples
+from tf_gsnr.gradients import examples, targets
 from tf_gsnr.gradients.vectorized import example_map
 
 
@@ -46,12 +48,27 @@ class OfBatch:
         self.uses_inputs = owner.__class__.compute_loss is not keras.Model.compute_loss
 
     def __call__(self, x, y, predictions, sample_weight=None, training=False):
+        targets.check(self.owner, y, predictions, sample_weight)
         given = x, y, predictions, sample_weight, training
         with without_penalties(self.model), _precision_of(self.owner):
-            value = keras_internals.loss_of_batch(self.owner, *given)
+            try:
+                value = keras_internals.loss_of_batch(self.owner, *given)
+            except (TypeError, ValueError, AttributeError) as error:
+                if _is_of_a_library(error):
+                    raise ValueError(
+                        f"loss: {name_of(self)} cannot be computed of these y and sample_weight: "
+                        f"{str(error).strip().splitlines()[0][:200]}; expected {targets.EXPECTED}"
+                    ) from error
+                raise
         # Keras divides by the number of replicas, so that their losses add up to that of all.
         replicas = tf.distribute.get_strategy().num_replicas_in_sync
         return value if replicas == 1 else value * replicas
+
+
+def _is_of_a_library(error) -> bool:
+    """Whether it was raised in Keras or TensorFlow, and so names none of our arguments."""
+    place = traceback.extract_tb(error.__traceback__)[-1].filename
+    return f"{os.sep}keras{os.sep}" in place or f"{os.sep}tensorflow{os.sep}" in place
 
 
 def of_batch(model, loss=None) -> OfBatch:
@@ -87,14 +104,15 @@ def needs_targets(model, loss=None) -> bool:
     return loss is not None or not overrides_loss and getattr(model, "loss", None) is not None
 
 
+def check(model, loss):
+    """Raises ValueError for what is no loss, or none for the outputs of this model."""
+    outputs = getattr(model, "outputs", None)
+    outputs = None if outputs is None else len(outputs)
+    targets.check_loss(loss, outputs, getattr(model, "output_names", None))
+
+
 def _compiled(model, loss):
-    leaves = loss if callable(loss) else keras.tree.flatten(loss)
-    leaves = leaves if isinstance(leaves, list) else [leaves]
-    if not any(callable(leaf) or isinstance(leaf, str) for leaf in leaves):
-        raise ValueError(
-            f"loss={loss!r}: expected a Keras loss, its name, or a callable "
-            "(y_true, y_pred) -> [batch]"
-        )
+    check(model, loss)
     return _WithLoss(model, loss)
 
 
@@ -132,6 +150,7 @@ def of_examples(loss: OfBatch, x, y, predictions, sample_weight=None, training=F
         with keras.StatelessScope():  # what it assigns (a metric of its own) is left alone
             return one_number(loss(x, y, predictions, weight, training))
 
+    targets.check(loss.owner, y, predictions, sample_weight)
     n = examples.count(data[1:4])
     _check_rows(predictions, n)
     return example_map.batches_of_one(one, data, n, f"loss {name_of(loss)!r}")

@@ -26,6 +26,7 @@ from tf_gsnr.gradients import (
     network,
     onednn,
     recalibration,
+    targets,
 )
 from tf_gsnr.gradients.stream import Stream
 from tf_gsnr.moments import Moments
@@ -130,21 +131,22 @@ def gradient_moments(
     (100, [(3, 1), (1,)])
     """
     tried = engines.tried(engine)
-    checks.positive_integer("batch_size", batch_size)
-    for name, value in (
-        ("sign_counts", sign_counts),
-        ("training", training),
-        ("contributions", contributions),
-        ("recalibrate", recalibrate),
-    ):
-        checks.boolean(name, value)
-    if seed is not None:
-        checks.integer("seed", seed)
+    check_options(
+        engine=engine,
+        batch_size=batch_size,
+        sign_counts=sign_counts,
+        training=training,
+        seed=seed,
+        batch_norm=batch_norm,
+        contributions=contributions,
+        recalibrate=recalibrate,
+        dtype=dtype,
+        jit_compile=jit_compile,
+    )
     network.check(model)
+    if loss is not None:
+        losses.check(model, loss)
     onednn.warn_if_off(model)
-    network.check_batch_norm(batch_norm)
-    if dtype not in (None, "float32", "float64"):
-        raise ValueError(f"dtype={dtype!r}: expected 'float32', 'float64' or None")
     if strategy is not None:
         distributed.check_strategy(strategy, model)
     if recalibrate and training and batch_norm == "batch":
@@ -162,9 +164,9 @@ def gradient_moments(
     if given[1] is None and not examples.is_stream(given[0]) and losses.needs_targets(model, loss):
         raise ValueError("y=None: expected the targets of x (only a dataset has its own)")
     data = functools.partial(
-        examples.micro_batches, *given, batch_size, fill=not coupled, size=fixed
+        _checked, model, loss, examples.micro_batches, *given, batch_size, not coupled, fixed
     )
-    windows = None if coupled else functools.partial(examples.windows, *given, batch_size, fixed)
+    windows = functools.partial(_checked, model, loss, examples.windows, *given, batch_size, fixed)
     one_pass = examples.is_stream(given[0]) and not isinstance(given[0], tf.data.Dataset)
     options = dict(
         sign_counts=sign_counts,
@@ -188,7 +190,7 @@ def gradient_moments(
                 continue
             try:
                 moments, bad = stream.all(
-                    windows if windows and stream.loops else data, again=not one_pass
+                    data if coupled or not stream.loops else windows, again=not one_pass
                 )
             except conservation.NotConserved as error:
                 if name == tried[-1]:
@@ -201,6 +203,30 @@ def gradient_moments(
                 unfit.unfit = True
             return moments.numpy()
     raise AssertionError("the last engine returns or raises")
+
+
+def check_options(*, engine, batch_size, seed, batch_norm, dtype, jit_compile, **switches):
+    """Raises ValueError for an option of `gradient_moments` that is none; the message names it."""
+    engines.check_name(engine)
+    checks.positive_integer("batch_size", batch_size, most=2**31 - 1)
+    for name, value in switches.items():
+        checks.boolean(name, value)
+    if seed is not None:
+        checks.integer("seed", seed)
+    network.check_batch_norm(batch_norm)
+    checks.one_of("dtype", dtype, ("float32", "float64", None))
+    checks.one_of("jit_compile", jit_compile, (True, False, "auto"))
+
+
+def _checked(model, loss, batches, *given):
+    """Micro-batches, with inputs that the model takes and labels that are classes."""
+    known = None
+    for batch in targets.whole_labels(model, loss, batches(*given)):
+        shapes = [None if v is None else v.shape for v in tf.nest.flatten(batch[0])]
+        if shapes != known:  # a generator may change its mind
+            network.check_inputs(model, batch[0])
+            known = shapes
+        yield batch
 
 
 def chosen_engine(model, x, y, loss=None, engine: str = "auto") -> str:

@@ -9,24 +9,28 @@ from __future__ import annotations
 import keras
 import tensorflow as tf
 
-from tf_gsnr import keras_internals
+from tf_gsnr import checks, keras_internals
 
 BATCH_NORM_MODES = ("frozen", "batch")
 
 
 def check(model):
     """Raises ValueError unless `model` is a built Keras model with trainable variables."""
-    if not isinstance(model, keras.Model):
-        raise ValueError(f"model={model!r}: expected a keras.Model, got {type(model).__name__}")
-    if not model.built:
-        raise ValueError(
-            f"model {model.name!r} is not built, so it has no variables yet: call it once on a "
-            "batch, or model.build(input_shape), before measuring"
-        )
+    check_built(model)
     if not model.trainable_variables:
         raise ValueError(
             f"model {model.name!r} has no trainable variables, so there is no gradient to measure: "
             "set trainable = True on the layers that are to be measured"
+        )
+
+
+def check_built(model):
+    """Raises ValueError unless `model` is a built Keras model."""
+    checks.keras_model(model)
+    if not model.built:
+        raise ValueError(
+            f"model {model.name!r} is not built, so it has no variables yet: call it once on a "
+            "batch, or model.build(input_shape), before measuring"
         )
 
 
@@ -83,6 +87,51 @@ def fixed_batch_size(model: keras.Model) -> int | None:
     return sizes.pop() if sizes else None
 
 
+def check_inputs(model, x, name: str = "x"):
+    """Raises ValueError where nested arrays are not what the model takes, as far as it says.
+
+    Args:
+      name: of the argument, for the error.
+    """
+    expected = getattr(model, "inputs", None)  # a subclassed model takes what its call takes
+    preprocesses = getattr(model, "preprocessor", None) is not None
+    if not expected or isinstance(x, dict) or preprocesses:
+        return
+    given = tf.nest.flatten(x)
+    if len(expected) != len(given):
+        raise ValueError(
+            f"{name}: {len(given)} inputs are given; expected {len(expected)}, as model "
+            f"{model.name!r} takes"
+        )
+    for one, takes in zip(given, expected):
+        if one is None:
+            continue
+        if not _fits(tuple(one.shape)[1:], takes.shape[1:]):
+            raise ValueError(
+                f"{name}: the examples have shape {tuple(one.shape)[1:]}; expected "
+                f"{takes.shape[1:]}, as model {model.name!r} takes"
+            )
+        dtype, wanted = tf.as_dtype(one.dtype), tf.as_dtype(takes.dtype)
+        for kind in ("is_complex", tf.string):
+            is_kind = [
+                getattr(d, kind) if isinstance(kind, str) else d == kind for d in (dtype, wanted)
+            ]
+            if is_kind[0] and not is_kind[1]:
+                raise ValueError(
+                    f"{name}: the examples are of dtype {dtype.name}; expected {wanted.name}, as "
+                    f"model {model.name!r} takes"
+                )
+
+
+def _fits(given, takes):
+    """Whether Keras takes an example of one shape for the other; it mends a last axis of one."""
+    if len(given) + 1 == len(takes) and takes[-1] == 1:
+        given = (*given, 1)
+    elif len(given) == len(takes) + 1 and given[-1] == 1:
+        given = given[:-1]
+    return len(given) == len(takes) and all(None in (g, t) or g == t for g, t in zip(given, takes))
+
+
 def seeds(model) -> list:
     """The state variables of the model's `keras.random.SeedGenerator`s."""
     return [v for v in model.non_trainable_variables if keras_internals.is_seed(v)]
@@ -118,10 +167,7 @@ def values_given(variables) -> list:
 
 def check_batch_norm(batch_norm: str):
     """Raises ValueError unless `batch_norm` is one of `BATCH_NORM_MODES`."""
-    if batch_norm not in BATCH_NORM_MODES:
-        raise ValueError(
-            f"unknown batch_norm {batch_norm!r}; available: {', '.join(BATCH_NORM_MODES)}"
-        )
+    checks.choice("batch_norm", batch_norm, BATCH_NORM_MODES)
 
 
 def frozen_batch_norm(model):

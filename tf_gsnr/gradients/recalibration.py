@@ -16,7 +16,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from tf_gsnr import keras_internals
+from tf_gsnr import checks, keras_internals
 from tf_gsnr.gradients import network
 from tf_gsnr.moments import pairwise
 
@@ -31,8 +31,12 @@ def whole_data_statistics(model: keras.Model, batches: Callable):
     Args:
       model: the model; its layers are run in inference mode.
       batches: `() -> ` iterable of `(x, y, sample_weight, valid)`; may be called several times.
+
+    Raises:
+      ValueError: the model is none, or the batches are none of this kind.
     """
-    layers = _in_order_of_calls(model, next(iter(batches()))[0])
+    network.check_built(model)
+    layers = _in_order_of_calls(model, _first(batches))
     variables = [v for layer in layers for v in (layer.moving_mean, layer.moving_variance)]
     before = [np.array(v) for v in variables]
     try:
@@ -57,6 +61,9 @@ def forward(model: keras.Model, x, valid=None) -> tuple:
       x: tensor `[examples, ...]`.
       valid: bool `[examples]`, False for padding, which is no part of the statistics; None for all.
 
+    Raises:
+      ValueError: an argument is not usable; the message names it.
+
     Returns:
       `(predictions, statistics)`: statistics is a list of `(moving variable, value)`.
 
@@ -67,6 +74,17 @@ def forward(model: keras.Model, x, valid=None) -> tuple:
     >>> [(v.name, float(value[0])) for v, value in statistics]
     [('moving_mean', 2.0), ('moving_variance', 1.0)]
     """
+    network.check_built(model)
+    expected = "a tensor [examples, ...] of numbers"
+    x = _as_tensor("x", x, expected)
+    network.check_inputs(model, x)
+    if valid is not None:
+        expected = "booleans [examples], True for one of them at least"
+        valid = _as_tensor("valid", valid, expected)
+        known = valid.numpy() if hasattr(valid, "numpy") else None
+        fits = valid.shape.rank == 1 and valid.shape[0] in (None, x.shape[0])
+        if valid.dtype != tf.bool or not fits or known is not None and not known.any():
+            checks.refuse("valid", valid, expected)
     layers = network.all_batch_norms(model)
 
     def recalibrated(layer, call):
@@ -84,6 +102,27 @@ def forward(model: keras.Model, x, valid=None) -> tuple:
             predictions = model(x, training=False)
     moving = [v for layer in layers for v in (layer.moving_mean, layer.moving_variance)]
     return predictions, [(v, scope.get_current_value(v)) for v in moving]
+
+
+def _as_tensor(name, value, expected):
+    try:
+        found = tf.convert_to_tensor(value)
+    except (TypeError, ValueError):
+        checks.refuse(name, value, expected)
+    if found.dtype == tf.string or found.shape.rank == 0 or found.shape[:1] == [0]:
+        checks.refuse(name, value, expected)
+    return found
+
+
+def _first(batches):
+    """x of the first of the batches; ValueError where they are none."""
+    expected = "a function () -> batches (x, y, sample_weight, valid), one at least"
+    checks.function("batches", batches, 0, expected)
+    given = batches()
+    first = next(iter(given), None) if hasattr(given, "__iter__") else None
+    if not isinstance(first, tuple) or len(first) != 4:
+        checks.refuse("batches", given, expected)
+    return first[0]
 
 
 def _differentiable_moments(inputs, axis, valid):
@@ -165,7 +204,11 @@ def averaged_statistics(model: keras.Model) -> Callable:
 
     Returns:
       A function of an iterable of inputs `x`, batches of one size, traced once.
+
+    Raises:
+      ValueError: it is no built model; in `refresh`, the batches are none.
     """
+    network.check_built(model)
     layers = network.batch_norms(model)
     variables = [v for layer in layers for v in (layer.moving_mean, layer.moving_variance)]
     shares = [1 - layer.momentum for layer in layers for _ in range(2)]
@@ -181,7 +224,16 @@ def averaged_statistics(model: keras.Model) -> Callable:
         return [state[place] / share for place, share in zip(places, shares)]
 
     def refresh(batches):
-        found = [of_batch(x) for x in batches]
+        expected = "an iterable of inputs x [examples, ...], one batch at least"
+        if isinstance(batches, str) or not hasattr(batches, "__iter__"):
+            checks.refuse("batches", batches, expected)
+        found = []
+        for x in batches:
+            x = _as_tensor("batches", x, expected)
+            network.check_inputs(model, x, "batches")
+            found.append(of_batch(x))
+        if not found:
+            checks.refuse("batches", batches, expected)
         for variable, *values in zip(variables, *found):
             variable.assign(tf.add_n(values) / len(values))
 

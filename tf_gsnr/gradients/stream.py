@@ -15,7 +15,7 @@ import numpy as np
 import tensorflow as tf
 from absl import logging
 
-from tf_gsnr import keras_internals
+from tf_gsnr import checks, keras_internals
 from tf_gsnr.gradients import (
     checking,
     distributed,
@@ -49,6 +49,7 @@ class _Known:
 
 def forget(model):
     """Forgets all that is known of a model from earlier calls; the next one traces anew."""
+    checks.keras_model(model)
     _KNOWN.pop(model, None)
 
 

@@ -20,6 +20,7 @@ joined, wherever they are. An unfinished run is shown as far as it is.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from pathlib import Path
 
@@ -27,7 +28,7 @@ os.environ.setdefault("MPLBACKEND", "Agg")  # figures go into files
 
 from absl import app, flags  # noqa: E402
 
-from tf_gsnr import columns, experiments, progress, status  # noqa: E402
+from tf_gsnr import checks, columns, experiments, progress, status  # noqa: E402
 from tf_gsnr.report import document, results, runs  # noqa: E402
 
 FLAGS = flags.FLAGS
@@ -141,8 +142,38 @@ def _is_shown(run, modules):
     return True
 
 
+def check_flags():
+    """Raises ValueError for a flag that is none; the message names it."""
+    for flag, value in (("--output", FLAGS.output), ("--html", FLAGS.html)):
+        if value is not None:
+            checks.file(flag, value)
+    if FLAGS.output is not None and Path(FLAGS.output).suffix == ".html":
+        checks.refuse("--output", FLAGS.output, "a Markdown file; the page beside it ends in .html")
+    if FLAGS.figures is not None:
+        checks.directory("--figures", FLAGS.figures)
+        if FLAGS.output is None:
+            expected = "--output=RESULTS.md, too, whose PNG figures they are"
+            checks.refuse("--figures", FLAGS.figures, expected)
+    for name in FLAGS.experiments:
+        if not all(map(str.isidentifier, name.split("."))) or not _is_there(name):
+            checks.refuse("--experiments", name, "a module that Python finds")
+
+
+def _is_there(module) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # a package that it would be in
+        return False
+
+
 def main(argv):
-    directories = argv[1:] or ["runs"]
+    directories = list(dict.fromkeys(argv[1:])) or ["runs"]
+    try:
+        check_flags()
+        for directory in directories:
+            checks.path("RUN", directory, "a run directory, or of one that holds some")
+    except ValueError as error:
+        progress.stop(f"error: {error}\nSee python -m tf_gsnr.report --help", 2)
     try:
         if FLAGS.format == "csv":
             files = write_csv(directories)
@@ -153,6 +184,9 @@ def main(argv):
             print(file)
     except ValueError as error:
         progress.stop(f"error: {error}")
+    except OSError as error:
+        flags_of = "--output, --figures and --html say where to write"
+        progress.stop(f"error: {error.filename}: {error.strerror}; {flags_of}")
 
 
 def parse_flags(argv):

@@ -7,7 +7,7 @@ import os
 
 import numpy as np
 
-from tf_gsnr import shown
+from tf_gsnr import checks, shown
 from tf_gsnr.status import training as of_training
 
 MOST_LAYERS = 10  # as lines; more are drawn as a heat map
@@ -37,6 +37,10 @@ def plot(source, size: tuple = (12.0, 6.5)):
     >>> len(figure.axes) >= 4
     True
     """
+    expected = "two numbers of inches, width and height, 1 to 100"
+    inches = checks.array("size", size, expected, lambda v: v.shape == (2,))
+    if not ((inches >= 1) & (inches <= 100)).all():
+        checks.refuse("size", size, expected)
     numbers, layers, x_name = _numbers(source)
     x = numbers[x_name]
     known = [
@@ -49,8 +53,8 @@ def plot(source, size: tuple = (12.0, 6.5)):
     draw = [one for one, names in known if names & set(numbers)]
     if not draw or not len(x):
         raise ValueError(
-            f"source={source!r}: nothing of a measurement is in it; expected a run_dir, a "
-            "GSNRCallback, or what fit returned of a GSNRModel or with a GSNRCallback"
+            f"source={checks.shown(source)}: nothing of a measurement is in it; expected a "
+            "run_dir, a GSNRCallback, or what fit returned of a GSNRModel or with a GSNRCallback"
         )
     count = len(draw) + bool(layers)
     columns = min(3, count)
@@ -83,18 +87,22 @@ def _figure(size):
 def _numbers(source):
     """`({name as in records: [k]}, {layer: [k]}, name of the x axis)`."""
     if isinstance(source, (str, os.PathLike)):
-        run = of_training.read(source)
+        run = of_training.read(source, "source")
         names = dict.fromkeys(name for row in run.rows for name in row)
         numbers = {name: run.column(name) for name in names}
         paths = [str(layer.get("layer")) for layer in run.config.get("layers") or []]
     else:
         history = getattr(source, "history", source)
-        if not isinstance(history, dict):
+        expected = "a run_dir, a GSNRCallback, or what fit returned"
+        if not isinstance(history, dict) or not all(isinstance(k, str) for k in history):
+            checks.refuse("source", source, expected)
+        columns = {_in_records(k): _column(v) for k, v in history.items()}
+        numbers = {k: v for k, v in columns.items() if v is not None}
+        lengths = {len(v) for k, v in numbers.items() if k in ("step", "gsnr/mean")}
+        if len(lengths) > 1:
             raise ValueError(
-                f"source={source!r}: expected a run_dir, a GSNRCallback, or what fit returned"
+                f"source: columns of the lengths {sorted(lengths)}; expected {expected}"
             )
-        numbers = {_in_records(k): np.asarray(v) for k, v in history.items()}
-        numbers = {k: v.astype(float) for k, v in numbers.items() if v.dtype.kind in "fiub"}
         known = {"gsnr/mean", "gsnr/median", "gsnr/p95", "gsnr/least"}
         paths = [name[5:] for name in numbers if name.startswith("gsnr/") and name not in known]
     if "step" not in numbers:
@@ -103,6 +111,15 @@ def _numbers(source):
         numbers["epoch"] = np.arange(1, length + 1)
     layers = {p: numbers[f"gsnr/{p}"] for p in paths if f"gsnr/{p}" in numbers}
     return numbers, layers, "step" if "step" in numbers else "epoch"
+
+
+def _column(values):
+    """Numbers `[k]`; None for what is none."""
+    try:
+        column = np.asarray(values)
+    except ValueError:
+        return None
+    return column.astype(float) if column.dtype.kind in "fiub" and column.ndim == 1 else None
 
 
 def _in_records(name: str) -> str:

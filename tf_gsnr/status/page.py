@@ -13,7 +13,7 @@ import time
 from importlib import resources
 from pathlib import Path
 
-from tf_gsnr import records
+from tf_gsnr import checks, records
 from tf_gsnr.status import training as of_training
 from tf_gsnr.status import words
 
@@ -33,7 +33,7 @@ def page(run_dir, *more, output=None) -> Path:
       The file.
 
     Raises:
-      ValueError: a directory holds no training.
+      ValueError: a directory holds no training; or `output` is no file that can be.
 
     Example:
 
@@ -48,10 +48,14 @@ def page(run_dir, *more, output=None) -> Path:
     'page.html'
     """
     runs = [of_training.read(path) for path in (run_dir, *more)]
+    if len({run.path.resolve() for run in runs}) < len(runs):
+        raise ValueError(
+            f"run_dir: {', '.join(str(run.path) for run in runs)}; expected each directory once"
+        )
     if output is None:
         first = runs[0].path
         output = first / "page.html" if len(runs) == 1 else first.resolve().parent / "compare.html"
-    output = Path(output)
+    output = checks.file("output", output)
     output.parent.mkdir(parents=True, exist_ok=True)
     records.replace(output, text_of(runs).encode())
     return output

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tf_gsnr import records
+from tf_gsnr import checks, records
 
 MOST_ROWS = 400  # on a page; of more every so many-th is shown, and the last
 DIGITS = 4
@@ -62,20 +62,24 @@ def is_training(path) -> bool:
         return False
 
 
-def read(path) -> Training:
+def read(path, name: str = "run_dir") -> Training:
     """Reads a run directory.
+
+    Args:
+      path: of it.
+      name: of the argument, for the error.
 
     Raises:
       ValueError: it is none of a training; the message says why.
     """
-    path = Path(path)
+    path = checks.path(name, path)
     if not path.is_dir():
-        raise ValueError(f"run_dir={str(path)!r}: no such directory")
+        raise ValueError(f"{name}={str(path)!r}: no such directory; expected that of a training")
     if not is_training(path):
         raise ValueError(
-            f"run_dir={str(path)!r}: no training was recorded there. GSNRModel(..., run_dir=) and "
-            "GSNRCallback(..., run_dir=) do; the experiments' runs are shown by "
-            "python -m tf_gsnr.report"
+            f"{name}={str(path)!r}: no training was recorded there; expected what "
+            "GSNRModel(..., run_dir=) or GSNRCallback(..., run_dir=) makes. The experiments' runs "
+            "are shown by python -m tf_gsnr.report"
         )
     config = records.read_config(path)
     state = _json(path / "state.json")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import keras
 
-from tf_gsnr import shown
+from tf_gsnr import checks, shown
 
 NUMBERS = ("gsnr", "osgr", "gsnr/mean", "gsnr/osgr_predicted")
 
@@ -43,6 +45,8 @@ class ProgressBar(keras.callbacks.ProgbarLogger):
 
     def without_others(self, logs) -> dict:
         """What the bar shows of these logs."""
+        if logs is not None:
+            checks.instance("logs", logs, Mapping, "a dict of numbers, or None")
         return {k: v for k, v in (logs or {}).items() if k in self._numbers or not is_ours(k)}
 
 
@@ -53,9 +57,5 @@ def is_ours(name: str) -> bool:
 
 def check(argument: str, numbers):
     """Raises ValueError for what is no list of names of ours."""
-    wrong = [numbers] if isinstance(numbers, str) else [n for n in numbers if not is_ours(str(n))]
-    if wrong:
-        raise ValueError(
-            f"{argument}={numbers!r}: {wrong[0]!r} is none of our numbers; expected a tuple of "
-            f"{', '.join(shown.IN_FIT)}, or names that begin with gsnr/"
-        )
+    expected = f"a tuple of {', '.join(shown.IN_FIT)}, or names that begin with gsnr/"
+    checks.names(argument, numbers, is_ours, expected)

@@ -6,6 +6,7 @@ What it measures is in `probe.py`, when in `schedule.py`.
 from __future__ import annotations
 
 import math
+from collections.abc import MutableMapping
 from typing import Any
 
 import keras
@@ -15,12 +16,12 @@ from absl import logging
 
 from tf_gsnr import checks, keras_internals, metrics, shown
 from tf_gsnr.columns import columns
-from tf_gsnr.gradients import engines, losses, measure
 from tf_gsnr.gradients import examples as data
+from tf_gsnr.gradients import losses, measure, targets
 from tf_gsnr.training import gap, probe, recorder, rows, schedule, tensorboard
 from tf_gsnr.training.recorder import Recorder
 
-KEPT = (None, "gsnr")
+KEPT = ("gsnr", None)
 
 
 class GSNRCallback(keras.callbacks.Callback):
@@ -129,21 +130,34 @@ class GSNRCallback(keras.callbacks.Callback):
             pair = (test_data, None) if data.is_stream(test_data) else test_data
             if not isinstance(pair, (tuple, list)) or len(pair) != 2:
                 raise ValueError("test_data: expected a pair (x, y) of arrays, or a dataset")
-            self._test = data.collect(*pair)[:2]
+            self._test = _named("test_data", data.collect, *pair)[:2]
+            _check_same_pixels(self._x, self._test[0])
         self._due_epoch, self._due_step, self.cadence = _cadence(
             every_epochs, every_steps, schedule
         )
-        engines.check_name(engine)
-        checks.positive_integer("batch_size", batch_size)
+        measure.check_options(
+            engine=engine,
+            batch_size=batch_size,
+            training=training,
+            seed=seed,
+            batch_norm=batch_norm,
+            contributions=contributions,
+            dtype=dtype,
+            jit_compile=jit_compile,
+        )
+        if loss is not None:
+            targets.check_loss(loss)
         if examples is not None:
             checks.positive_integer("examples", examples)
         flags = {"per_layer": per_layer, "sign_counts": sign_counts, "overwrite": overwrite}
         for name, value in flags.items():
             checks.boolean(name, value)
-        if keep not in KEPT:
-            raise ValueError(f"keep={keep!r}: expected 'gsnr', or None")
+        checks.one_of("keep", keep, KEPT)
+        for name, value in (("run_dir", run_dir), ("log_dir", log_dir)):
+            if value is not None:
+                checks.directory(name, value)
         if keep and run_dir is None:
-            raise ValueError(f"keep={keep!r} needs run_dir, the directory to keep it in")
+            raise ValueError(f"keep={keep!r} needs run_dir: pass the directory to keep it in")
         self._options = dict(
             loss=loss,
             sample_weight=sample_weight,
@@ -186,10 +200,15 @@ class GSNRCallback(keras.callbacks.Callback):
         return (self._first_step or 0) + self._steps
 
     def on_train_begin(self, logs=None):
+        checks.keras_model(self.model)
         losses.of_batch(self.model, self._options["loss"])  # raises where there is none
         probe.check_fits(self.model, self._x, "x")
         if self._test is not None:
             probe.check_fits(self.model, self._test[0], "test_data")
+            streamed = data.is_stream(self._test[0])
+            needed = losses.needs_targets(self.model, self._options["loss"])
+            if self._test[1] is None and not streamed and needed:
+                raise ValueError("test_data: it has no targets; expected a pair (x, y)")
             self._losses = probe.loss_function(self.model, self._options["loss"])
             if not gap.supported(self.model.optimizer):
                 logging.info("gsnr/gap_predicted is not known for this optimiser")
@@ -225,15 +244,50 @@ class GSNRCallback(keras.callbacks.Callback):
             x, y = data.Batches([batch[:3]]), None
         else:
             x, y = (data.rows(v, slice(0, self._batch_size)) for v in (self._x, self._y))
-        measure.gradient_moments(self.model, x, y, **dict(self._options, sample_weight=None))
+        weight = self._options["sample_weight"]
+        if weight is not None:
+            weight = data.rows(weight, slice(0, self._batch_size))
+        measure.gradient_moments(self.model, x, y, **dict(self._options, sample_weight=weight))
+        if self._test is not None:
+            _named("test_data", self._refuse_test_data)
+
+    def _refuse_test_data(self):
+        """Raises ValueError where the first micro-batch of it has no finite losses."""
+        x, y = self._test
+        batch = next(iter(data.micro_batches(x, y, None, self._batch_size)))
+        x, y = (
+            (data.Batches([batch[:3]]), None)
+            if data.is_stream(x)
+            else (data.rows(v, slice(0, self._batch_size)) for v in (x, y))
+        )
+        each = self._losses(x, y, self._batch_size)
+        if not np.isfinite(each).all() and self._is_finite():
+            n = int(np.argmin(np.isfinite(each)))
+            raise data.NotFinite(
+                f"the loss of example {n} is not finite: look for NaN or inf in x or y there"
+            )
+
+    def _is_finite(self) -> bool:
+        """Whether the model's weights are."""
+        return all(np.isfinite(v.numpy()).all() for v in self.model.trainable_variables)
+
+    def set_params(self, params):
+        super().set_params(checks.instance("params", params, dict, "a dict, as fit gives it"))
+
+    def set_model(self, model):
+        super().set_model(checks.keras_model(model))
 
     def on_epoch_begin(self, epoch, logs=None):
+        checks.integer("epoch", epoch, 0)
         self._epoch = epoch
         self._decreases, self._untold = [], {}
 
     def on_train_batch_begin(self, batch, logs=None):
+        if type(batch) is not int or batch < 0:
+            batch = checks.integer("batch", batch, 0)
         first = self._due_step is _never and not self._rows and self._wants_start()
-        self._owed |= first or bool(self._due_step(self._steps))
+        due = self._due_step(self._steps)
+        self._owed |= first or (due if due is True else checks.boolean("schedule", due))
         if self._owed and self.model.built:  # else as soon as it is
             self._measure()
         self._batch = batch
@@ -242,6 +296,8 @@ class GSNRCallback(keras.callbacks.Callback):
         return self.model.built and (self._test is not None or self._recorder is not None)
 
     def on_train_batch_end(self, batch, logs=None):
+        if type(batch) is not int or batch < 0:
+            batch = checks.integer("batch", batch, 0)
         steps = keras_internals.steps_of_execution(self.model, self._batch, batch)
         self._steps += steps
         if self._recorder is not None and not self._recorder.open:
@@ -253,6 +309,9 @@ class GSNRCallback(keras.callbacks.Callback):
         self._into(logs)
 
     def on_epoch_end(self, epoch, logs=None):
+        epoch = checks.integer("epoch", epoch, 0)
+        if logs is not None:
+            checks.instance("logs", logs, MutableMapping, "a dict of numbers, or None")
         if self._due_epoch(epoch + 1):
             self._measure()
         for why, names in self._untold.items():
@@ -281,8 +340,7 @@ class GSNRCallback(keras.callbacks.Callback):
                 f"the probe set does not fit model {self.model.name!r}: {error.message}"
             ) from error
         except data.NotFinite as error:
-            weights = self.model.trainable_variables
-            if not self._rows and all(np.isfinite(v.numpy()).all() for v in weights):
+            if not self._rows and self._is_finite():
                 raise  # it is the probe set's
             # The training diverged, and goes on as it would have.
             self._latest = dict.fromkeys(self._latest, math.nan)
@@ -402,11 +460,34 @@ class GSNRCallback(keras.callbacks.Callback):
         )
 
 
+def _named(name, function, *arguments):
+    """What the function returns; a ValueError of it begins with the name."""
+    try:
+        return function(*arguments)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+
+
+def _check_same_pixels(x, other):
+    """Raises ValueError where the one is bytes and the other floating-point numbers."""
+
+    def dtypes(data_):
+        data_ = data_.batches[0][0] if isinstance(data_, data.Batches) else data_
+        return [tf.as_dtype(v.dtype) for v in tf.nest.flatten(data_) if v is not None]
+
+    for one, of_test in zip(dtypes(x), dtypes(other)):
+        if tf.uint8 in (one, of_test) and (one.is_floating or of_test.is_floating):
+            raise ValueError(
+                f"test_data: its examples are {of_test.name} and x is {one.name}; expected one "
+                "dtype, lest the ones be scaled and the others not"
+            )
+
+
 def _cadence(every_epochs, every_steps, due):
     """Two rules, `epoch -> bool` and `step -> bool`, and their description."""
     given = [v for v in (every_epochs, every_steps, due) if v is not None]
     if len(given) > 1:
-        raise ValueError("give one of every_epochs, every_steps and schedule, not several")
+        raise ValueError("expected one of every_epochs, every_steps and schedule, not several")
     for name, value in (("every_epochs", every_epochs), ("every_steps", every_steps)):
         if value is not None:
             checks.positive_integer(name, value)

@@ -30,7 +30,7 @@ from collections.abc import Callable
 import keras
 import tensorflow as tf
 
-from tf_gsnr import keras_internals
+from tf_gsnr import checks, keras_internals
 
 _STEPS: dict[type, Callable] = {}
 _STEP_METHODS = {"update_step", "apply", "apply_gradients"}  # what makes the step
@@ -49,6 +49,7 @@ def register_optimizer(optimizer_class: type) -> Callable:
 
     Raises:
       TypeError: not a class of optimisers.
+      ValueError: what is decorated is no such function.
 
     Example: an optimiser that makes half the step of SGD.
 
@@ -64,9 +65,14 @@ def register_optimizer(optimizer_class: type) -> Callable:
     True
     """
     if not (isinstance(optimizer_class, type) and issubclass(optimizer_class, keras.Optimizer)):
-        raise TypeError(f"register_optimizer({optimizer_class!r}): expected a keras.Optimizer")
+        raise TypeError(
+            f"register_optimizer(optimizer_class={checks.shown(optimizer_class)}): expected a "
+            "subclass of keras.Optimizer"
+        )
 
     def register(function):
+        expected = "a function (optimizer, k, slot, gradients) -> (rate, own)"
+        checks.function("function", function, 4, expected)
         _STEPS[optimizer_class] = function
         return function
 
@@ -131,9 +137,30 @@ def preconditioner(optimizer, gradients, sample):
         return sample.take(values)
 
     k = tf.cast(tf.maximum(tf.convert_to_tensor(optimizer.iterations), 1), tf.float64)
-    rate, of_parameters = step(optimizer, k, slot, gradients)
+    rate, of_parameters = _checked(step, step(optimizer, k, slot, gradients))
     batches = optimizer.gradient_accumulation_steps or 1  # an update is the mean of so many
     return tf.cast(rate, tf.float64) / batches * _clipping(optimizer, gradients), of_parameters
+
+
+def _checked(function, answer) -> tuple:
+    """What a function of `register_optimizer` returned; ValueError where it is no such pair."""
+    try:
+        rate, own = (None if v is None else tf.convert_to_tensor(v) for v in answer)
+        numbers = all(v is None or v.dtype.is_floating or v.dtype.is_integer for v in (rate, own))
+        fits = (
+            numbers
+            and rate is not None
+            and rate.shape.rank in (None, 0)
+            and (own is None or own.shape.rank in (None, 1))
+        )
+    except (TypeError, ValueError, AttributeError, tf.errors.OpError):
+        fits = False
+    if not fits:
+        raise ValueError(
+            f"the function {function.__name__} of register_optimizer returned "
+            f"{checks.shown(answer)}; expected (rate, own), a number and numbers [k] or None"
+        )
+    return rate, own
 
 
 def _rate(optimizer):

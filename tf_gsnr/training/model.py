@@ -122,8 +122,12 @@ def GSNRModel(  # noqa: N802 (one line of a script, in the place of a class)
     ['gsnr', 'gsnr_median']
     """
     _check(model, engine, measure_every, pool, shown, examples, sample)
-    checks.boolean("overwrite", overwrite)
+    switches = dict(bias_corrected=bias_corrected, per_layer=per_layer, overwrite=overwrite)
+    for name, value in switches.items():
+        checks.boolean(name, value)
     bar.check("progress", progress)
+    if run_dir is not None:
+        checks.directory("run_dir", run_dir)
     meter = dict(
         pool=pool,
         bias_corrected=bool(bias_corrected),
@@ -430,8 +434,7 @@ def _local(value):
 
 
 def _check(model, engine, measure_every, pool, shown, examples, sample):
-    if not isinstance(model, keras.Model):
-        raise ValueError(f"model={model!r}: expected a keras.Model, got {type(model).__name__}")
+    checks.keras_model(model)
     own = vars(model).get("train_step")
     own = own is not None and not isinstance(getattr(own, "__self__", None), _Training)
     if own or type(model).train_step is not keras.Model.train_step:
@@ -450,11 +453,10 @@ def _check(model, engine, measure_every, pool, shown, examples, sample):
         measure_every,
         ", 1 for every step; to measure nothing, train the model without GSNRModel",
     )
-    if pool not in POOLS:
-        raise ValueError(f"unknown pool {pool!r}; available: {', '.join(POOLS)}")
-    unknown = [name for name in shown if name not in SHOWN]
-    if unknown or not shown:
-        raise ValueError(f"shown: unknown {unknown}; available: {', '.join(SHOWN)}")
+    checks.choice("pool", pool, POOLS)
+    expected = f"a tuple of some of {', '.join(SHOWN)}"
+    if not checks.names("shown", shown, SHOWN.__contains__, expected):
+        checks.refuse("shown", shown, expected)
     if examples is not None:
         checks.positive_integer("examples", examples, ", the number of training examples")
     if sample is not None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 import tensorflow as tf
 
-from tf_gsnr.gradients import examples, losses
+from tf_gsnr.gradients import examples, losses, network
 from tf_gsnr.moments import Moments
 from tf_gsnr.training import gap
 from tf_gsnr.training.sample import Sample
@@ -16,33 +16,9 @@ from tf_gsnr.training.sample import Sample
 
 def check_fits(model, x, name: str):
     """Raises ValueError where the arrays are not what the model takes, as far as it says."""
-    expected = getattr(model, "inputs", None)  # a subclassed model takes what its call takes
     if isinstance(x, examples.Batches):
         x = x.batches[0][0]
-    preprocesses = getattr(model, "preprocessor", None) is not None
-    if not expected or isinstance(x, dict) or preprocesses:
-        return
-    given = tf.nest.flatten(x)
-    if len(expected) != len(given):
-        raise ValueError(
-            f"{name}: the probe set has {len(given)} inputs, model {model.name!r} takes "
-            f"{len(expected)}"
-        )
-    for one, takes in zip(given, expected):
-        if one is not None and not _fits(tuple(one.shape)[1:], takes.shape[1:]):
-            raise ValueError(
-                f"{name}: the probe set's examples have shape {tuple(one.shape)[1:]}, model "
-                f"{model.name!r} takes {takes.shape[1:]}"
-            )
-
-
-def _fits(given, takes):
-    """Whether Keras takes an example of one shape for the other; it mends a last axis of one."""
-    if len(given) + 1 == len(takes) and takes[-1] == 1:
-        given = (*given, 1)
-    elif len(given) == len(takes) + 1 and given[-1] == 1:
-        given = given[:-1]
-    return len(given) == len(takes) and all(None in (g, t) or g == t for g, t in zip(given, takes))
+    network.check_inputs(model, x, name)
 
 
 def loss_function(model, loss=None):

@@ -5,11 +5,14 @@ A schedule is called with the number of steps done so far, 0 before the first.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from tf_gsnr import checks
+
+MOST = 10**6  # steps that can be listed
 
 
 @dataclass(frozen=True)
@@ -20,6 +23,8 @@ class Schedule:
     rule: Callable[[int], bool]
 
     def __call__(self, step: int) -> bool:
+        if type(step) is not int:
+            step = checks.integer("step", step)
         return bool(self.rule(step))
 
 
@@ -29,7 +34,8 @@ def linear(every: int, start: int = 0) -> Schedule:
     >>> [step for step in range(10) if linear(3, start=1)(step)]
     [1, 4, 7]
     """
-    checks.positive_integer("every", every)
+    every = checks.positive_integer("every", every)
+    start = checks.integer("start", start, 0, expected="an integer from 0 on")
     return Schedule(
         f"linear({every}, start={start})",
         lambda step: step >= start and (step - start) % every == 0,
@@ -42,7 +48,7 @@ def logarithmic(per_decade: int = 10) -> Schedule:
     >>> [step for step in range(120) if logarithmic(3)(step)]
     [0, 1, 2, 5, 10, 22, 46, 100]
     """
-    checks.positive_integer("per_decade", per_decade)
+    per_decade = checks.positive_integer("per_decade", per_decade)
 
     def due(step):
         if step < 1:
@@ -59,8 +65,16 @@ def listed(steps: Iterable[int]) -> Schedule:
     >>> [step for step in range(10) if listed([0, 7])(step)]
     [0, 7]
     """
-    known = frozenset(steps)
-    bad = [step for step in known if step != int(step) or step < 0]
-    if bad or not known:
-        raise ValueError(f"steps={sorted(known)}: expected integers from 0 on, at least one")
+    expected = "integers from 0 on, at least one"
+    if isinstance(steps, (str, bytes, dict)) or not isinstance(steps, Iterable):
+        checks.refuse("steps", steps, expected)
+    try:
+        found = list(itertools.islice(steps, MOST + 1))
+    except TypeError:  # 0-d arrays
+        checks.refuse("steps", steps, expected)
+    if len(found) > MOST:
+        raise ValueError(f"steps: more than {MOST:,}; expected {expected}")
+    known = frozenset(checks.integer("steps", step, 0, expected=expected) for step in found)
+    if not known:
+        checks.refuse("steps", found, expected)
     return Schedule(f"listed({sorted(known)})", lambda step: step in known)

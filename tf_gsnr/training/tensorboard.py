@@ -8,7 +8,8 @@ from __future__ import annotations
 import numpy as np
 import tensorflow as tf
 
-from tf_gsnr import metrics
+from tf_gsnr import checks, metrics
+from tf_gsnr import moments as of_gradients
 from tf_gsnr.moments import Moments
 
 
@@ -17,7 +18,9 @@ def open_writer(log_dir):
 
     Raises:
       ImportError: TensorBoard is not installed.
+      ValueError: it is no path of a directory.
     """
+    checks.directory("log_dir", log_dir)
     try:
         import tensorboard  # noqa: F401 (tf.summary fails late and obscurely without it)
     except ImportError as error:
@@ -75,9 +78,12 @@ def write_tensorboard(writer, moments: Moments, model, step: int, *, record: dic
     Args:
       writer: of `tf.summary.create_file_writer`.
       moments: numpy arrays, as from `gradient_moments`.
-      model: for the names.
+      model: that they are of, for the names.
       step: the step to file it under.
       record: the flat record to write, instead of the `summarize` of the moments.
+
+    Raises:
+      ValueError: an argument is not usable; the message names it.
 
     Example:
 
@@ -88,7 +94,17 @@ def write_tensorboard(writer, moments: Moments, model, step: int, *, record: dic
     >>> with tempfile.TemporaryDirectory() as log_dir:
     ...     write_tensorboard(tf.summary.create_file_writer(log_dir), moments, model, step=0)
     """
+    checks.instance(
+        "writer", writer, tf.summary.SummaryWriter, "what tf.summary.create_file_writer returns"
+    )
+    of_gradients.check_of_model(moments, model)
+    step = checks.integer("step", step, 0, expected="an integer from 0 on")
     record = metrics.summarize(moments, model) if record is None else record
+    expected = "a flat dict of numbers, as summarize returns"
+    checks.instance("record", record, dict, expected)
+    for name, value in record.items():
+        if not isinstance(name, str) or not isinstance(checks.plain(value), (int, float)):
+            checks.refuse("record", {name: value}, expected)
     with writer.as_default(step=step):
         for name, value in record.items():
             if name not in NO_CURVES:

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from typing import Annotated, NamedTuple
 
-from tf_gsnr.experiments.framework.settings import POSITIVE, SHARED, Setting, at_least, complete
+from tf_gsnr.experiments.framework.settings import (
+    EXAMPLES,
+    POSITIVE,
+    SHARED,
+    Setting,
+    at_least,
+    at_most,
+    complete,
+)
 
 GRID = ("model", "p_random", "repeats")
 
@@ -23,7 +31,8 @@ class Settings(NamedTuple):
     epochs: int = 100  # [ours]
     every: int = 1  # [text]
     probe: Annotated[
-        int | None, Setting("Training examples measured on; left out: all n.", at_least(2))
+        int | None,
+        Setting("Training examples measured on; left out: all n.", at_least(2), most=EXAMPLES),
     ] = None
     learning_rate: float = 0.02  # [ours]
     initial_scale: Annotated[
@@ -41,11 +50,11 @@ def settings(**given) -> Settings:
     Raises:
       ValueError: a value that no run can have.
     """
-    if isinstance(given.get("model"), str):
-        given["model"] = given["model"].split(",")
     chosen = complete(Settings, given)
+    at_most(chosen, given, "every", "epochs")
+    at_most(chosen, given, "batch_size", "n")
     if chosen.probe is not None and chosen.probe > chosen.n:
-        raise ValueError(f"--probe={chosen.probe}: expected at most n = {chosen.n}")
+        raise ValueError(f"--probe={chosen.probe}: expected at most --n={chosen.n}")
     return chosen
 
 

@@ -7,6 +7,10 @@ import typing
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import numpy as np
+
+from tf_gsnr import checks, lookup
+
 
 class Range(NamedTuple):
     """Which values a setting may have: a description for the error, and a test."""
@@ -15,7 +19,9 @@ class Range(NamedTuple):
     holds: Callable
 
 
-POSITIVE = Range("a positive number", lambda value: 0 < value < float("inf"))
+# float32 holds the squares, nearly, of what is between these two.
+POSITIVE = Range("a positive number, 1e-20 to 1e20", lambda value: 1e-20 <= value <= 1e20)
+NOT_NEGATIVE = Range("a number from 0 to 1e20", lambda value: 0 <= value <= 1e20)
 PROBABILITY = Range("a probability, 0 to 1", lambda value: 0 <= value <= 1)
 
 
@@ -31,13 +37,17 @@ class Setting(NamedTuple):
       check: which values it, or each entry of its list, may have.
       flag: the flag's name, where it is not the field's.
       before: an earlier name of the flag, which is still taken.
+      most: the largest that an integer may be: more would only fill the memory.
     """
 
     help: str = ""
     check: Range | None = None
     flag: str | None = None
     before: str | None = None
+    most: int = checks.LARGEST
 
+
+EXAMPLES, STEPS, SEEDS = 10**8, 10**6, 10**5  # the most that can be asked for
 
 # What means one thing in all experiments: a field of such a name needs no more.
 SHARED = {
@@ -50,20 +60,26 @@ SHARED = {
         "Which network: a name in tf_gsnr/models.py, or module:function, a function of your own, "
         "(input_shape, outputs, width) -> keras.Model."
     ),
-    "seed": Setting("Of the initial weights, training sets and label noise.", at_least(0)),
-    "n": Setting("Training examples.", at_least(2)),
+    "seed": Setting(
+        "Of the initial weights, training sets and label noise.", at_least(0), most=2**31 - 1
+    ),
+    "n": Setting("Training examples.", at_least(2), most=EXAMPLES),
     "width": Setting(
-        "Width of the network: p of tables 2 and 3, hidden units on toy data.", at_least(1)
+        "Width of the network: p of tables 2 and 3, hidden units on toy data.",
+        at_least(1),
+        most=10_000,
     ),
     "p_random": Setting("Share of the labels that are replaced by random ones.", PROBABILITY),
     "learning_rate": Setting("lambda, the step of gradient descent.", POSITIVE),
-    "test_size": Setting("Test examples; left out: the whole test set.", at_least(1)),
-    "epochs": Setting("How many epochs to train.", at_least(1)),
-    "every": Setting("Epochs between two measurements.", at_least(1)),
-    "batch_size": Setting("Examples of a step of SGD.", at_least(1)),
-    "repeats": Setting("How many seeds, from --seed on.", at_least(1)),
+    "test_size": Setting(
+        "Test examples; left out: the whole test set.", at_least(1), most=EXAMPLES
+    ),
+    "epochs": Setting("How many epochs to train.", at_least(1), most=STEPS),
+    "every": Setting("Epochs between two measurements.", at_least(1), most=STEPS),
+    "batch_size": Setting("Examples of a step of SGD.", at_least(1), most=EXAMPLES),
+    "repeats": Setting("How many seeds, from --seed on.", at_least(1), most=SEEDS),
     "toy_input_scale": Setting("Toy data: inputs are uniform on +- this [ours].", POSITIVE),
-    "toy_noise_scale": Setting("Toy data: noise is uniform on +- this [ours].", at_least(0)),
+    "toy_noise_scale": Setting("Toy data: noise is uniform on +- this [ours].", NOT_NEGATIVE),
 }
 
 
@@ -118,19 +134,21 @@ def _field(name, hint, settings):
     return Field(name, hint if hint in (int, float, str, bool) else str, is_list, default, setting)
 
 
-def complete(settings: Any, given: dict, defaults: dict | None = None, **checks: Range):
+def complete(settings: Any, given: dict, defaults: dict | None = None, **ranges: Range):
     """Fills a NamedTuple of settings.
 
     Args:
       settings: the NamedTuple's class.
-      given: from the flags; None and [] count as not given. A list of one value will do where the
-        field is a single value. What stands in a list twice is taken once.
+      given: from the flags; None counts as not given. A list of one value will do where the
+        field is a single value, and a single value where it is a list. What stands in a list twice
+        is taken once.
       defaults: a value for each field that is not given and has no default of its own.
-      **checks: for a field, the values that it, or each entry of its list, may have, where its
+      **ranges: for a field, the values that it, or each entry of its list, may have, where its
         `Setting` does not say it.
 
     Raises:
-      ValueError: a value out of its range, or several where one is expected; it names the flag.
+      ValueError: a value of another type or out of its range, none or several where one is
+        expected, or a name that no field has; it names the flag.
 
     Example:
 
@@ -143,22 +161,64 @@ def complete(settings: Any, given: dict, defaults: dict | None = None, **checks:
     Traceback (most recent call last):
     ValueError: --n=1: expected at least 2
     """
-    given = {name: value for name, value in given.items() if value not in (None, [])}
-    defaults = settings._field_defaults | (defaults or {})
     known = {field.name: field for field in fields(settings)}
     for name, value in given.items():
-        if not isinstance(value, list):
-            continue
-        if known[name].is_list:
-            given[name] = list(dict.fromkeys(value))
-        elif len(value) == 1:
-            given[name] = value[0]
-        else:
-            raise ValueError(f"--{known[name].flag}={value}: this experiment takes one value")
-    chosen = settings(**defaults | given)
-    for name, field in known.items():
-        check, value = checks.get(name, field.setting.check), getattr(chosen, name)
-        for entry in value if isinstance(value, list) else [value]:
-            if entry is not None and check is not None and not check.holds(entry):
-                raise ValueError(f"--{field.flag}={entry}: expected {check.expected}")
-    return chosen
+        if name not in known:
+            meant = lookup.suggestion(name, known)
+            raise ValueError(
+                f"{name}={checks.shown(value)}: there is no such setting{meant}; expected one of "
+                f"{', '.join(known)}"
+            )
+    values = settings._field_defaults | (defaults or {})
+    values |= {name: value for name, value in given.items() if value is not None}
+    for name, value in values.items():
+        if value is not None and name in known:
+            values[name] = _checked(known[name], value, ranges.get(name))
+    return settings(**values)
+
+
+def value_of(settings: Any, given: dict, name: str) -> Any:
+    """One of the values given, checked; None where it is not given."""
+    field = next(field for field in fields(settings) if field.name == name)
+    return None if given.get(name) is None else _checked(field, given[name])
+
+
+def at_most(settings: Any, given: dict, name: str, other: str):
+    """Raises ValueError where the first of two settings is given and larger than the other."""
+    flags = {field.name: f"--{field.flag}" for field in fields(settings)}
+    value, most = getattr(settings, name), getattr(settings, other)
+    if given.get(name) is not None and value > most:
+        raise ValueError(f"{flags[name]}={value}: expected at most {flags[other]}={most}")
+
+
+def _checked(field, value, check=None):
+    """The value of a field, or a list of them, of its type and in its range."""
+    flag, check = f"--{field.flag}", check or field.setting.check
+    several = isinstance(value, (list, tuple, range)) or np.ndim(value) == 1
+    if isinstance(value, str) and field.is_list:
+        value, several = value.split(","), True
+    values = list(value) if several else [value]
+    if not values or len(values) > 1 and not field.is_list:
+        count = "several" if field.is_list else "this experiment takes one value"
+        checks.refuse(flag, value, f"{count}, at least one" if field.is_list else count)
+    entries = [_entry(flag, field, entry, check) for entry in values]
+    return list(dict.fromkeys(entries)) if field.is_list else entries[0]
+
+
+def _entry(flag, field, value, check):
+    if field.kind is bool:
+        return checks.boolean(flag, value)
+    if field.kind is str:
+        value, given = checks.plain(value), value
+        if not isinstance(value, str) or not value.strip() or not value.isprintable():
+            checks.refuse(flag, given, "a name")
+        expected = "a name"
+    elif field.kind is int:
+        expected = f"an integer, {check.expected}" if check else "an integer"
+        value = checks.integer(flag, value, most=field.setting.most, expected=expected)
+    else:
+        expected = check.expected if check else "a finite number"
+        value = checks.number(flag, value, expected)
+    if check is not None and not check.holds(value):
+        raise ValueError(f"{flag}={checks.shown(value)}: expected {check.expected}")
+    return value

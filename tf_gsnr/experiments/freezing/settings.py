@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from typing import Annotated, NamedTuple
 
-from tf_gsnr.experiments.framework.settings import POSITIVE, Setting, at_least, complete
+from tf_gsnr.experiments.framework.settings import (
+    EXAMPLES,
+    POSITIVE,
+    STEPS,
+    Setting,
+    at_least,
+    at_most,
+    complete,
+)
 
 GRID = ("repeats",)
 
@@ -14,11 +22,15 @@ class Settings(NamedTuple):
 
     dataset: str = "toy"
     n: int = 200  # [text]
-    test_size: Annotated[int, Setting("Test examples.", at_least(2))] = 10_000  # [text]
+    test_size: Annotated[int, Setting("Test examples.", at_least(2), most=EXAMPLES)] = (
+        10_000  # [text]
+    )
     width: int = 20  # [text]
-    steps: Annotated[int, Setting("Steps of gradient descent.", at_least(1))] = 1000  # [ours]
+    steps: Annotated[int, Setting("Steps of gradient descent.", at_least(1), most=STEPS)] = (
+        1000  # [ours]
+    )
     every: Annotated[
-        int, Setting("Steps between two measurements.", at_least(1), "every_steps", before="every")
+        int, Setting("Steps between two measurements.", at_least(1), "every_steps", "every", STEPS)
     ] = 10  # [ours]
     learning_rate: float = 0.1  # [ours]
     # [ours] it decides the result: see the flagfile.
@@ -38,6 +50,7 @@ def settings(**given) -> Settings:
       ValueError: a value that no run can have.
     """
     chosen = complete(Settings, given)
+    at_most(chosen, given, "every", "steps")
     if chosen.dataset != "toy":
         raise ValueError(f"--dataset={chosen.dataset}: freezing runs on toy data")
     return chosen

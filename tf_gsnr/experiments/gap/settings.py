@@ -6,12 +6,14 @@ import itertools
 from typing import Annotated, NamedTuple
 
 from tf_gsnr.experiments.framework.settings import (
+    EXAMPLES,
     POSITIVE,
     PROBABILITY,
     SHARED,
     Range,
     Setting,
     at_least,
+    at_most,
     complete,
 )
 
@@ -38,17 +40,20 @@ class Settings(NamedTuple):
     learning_rate: float = 0.05
     adam_rate: Annotated[float, Setting("The learning rate of adam.", POSITIVE)] = 0.001
     batch_size: Annotated[
-        list[int], Setting("Examples of a step; 0: all, full-batch descent.", at_least(0))
+        list[int],
+        Setting("Examples of a step; 0: all, full-batch descent.", at_least(0), most=EXAMPLES),
     ] = [50]
     epochs: int = 20
     every: int = 1
     folds: Annotated[
         int,
         Setting(
-            "K, the parts of which each model of the cross-validation lacks one.", at_least(2, 100)
+            "K, the parts of which each model of the cross-validation lacks one.",
+            at_least(2),
+            most=100,
         ),
     ] = 5
-    twins: Annotated[int, Setting("How many pairs of twins.", at_least(2, 100))] = 4
+    twins: Annotated[int, Setting("How many pairs of twins.", at_least(2), most=100)] = 4
     eta: Annotated[
         float, Setting("By how much the weights of the twins' examples differ from 1.", PROBABILITY)
     ] = 0.1
@@ -60,7 +65,10 @@ class Settings(NamedTuple):
         ),
     ] = False
     probe: Annotated[
-        int, Setting("Training examples whose gradients are measured, at most.", at_least(2))
+        int,
+        Setting(
+            "Training examples whose gradients are measured, at most.", at_least(2), most=EXAMPLES
+        ),
     ] = 1000
     test_size: int | None = None
     toy_input_scale: float = 1.0
@@ -76,11 +84,12 @@ def settings(**given) -> Settings:
       ValueError: a value that no run can have.
     """
     chosen = complete(Settings, given)
+    at_most(chosen, given, "every", "epochs")
     if chosen.eta == 0:
         raise ValueError("--eta=0: expected more than 0, or twins are the same")
     for size in chosen.batch_size:
         if size > min(chosen.n):
-            raise ValueError(f"--batch_size={size}: expected at most n = {min(chosen.n)}")
+            raise ValueError(f"--batch_size={size}: expected at most --n={min(chosen.n)}")
     if chosen.folds > min(chosen.n) // 2:
         raise ValueError(f"--folds={chosen.folds}: expected at most half of n = {min(chosen.n)}")
     if chosen.curvature and (set(chosen.optimizer) != {"sgd"} or set(chosen.batch_size) != {0}):

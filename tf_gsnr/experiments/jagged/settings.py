@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated, NamedTuple
 
 from tf_gsnr.experiments.framework.settings import (
+    EXAMPLES,
     POSITIVE,
     SHARED,
     Range,
@@ -45,7 +46,12 @@ class Settings(NamedTuple):
     width: Annotated[int, SHARED["width"]] = 8
     epochs: Annotated[int, SHARED["epochs"]] = 15
     probe: Annotated[
-        int, Setting("Training examples measured on; the other probe has as many.", at_least(2))
+        int,
+        Setting(
+            "Training examples measured on; the other probe has as many.",
+            at_least(2),
+            most=EXAMPLES,
+        ),
     ] = 1000
     learning_rate: float = 0.02
     initial_scale: Annotated[
@@ -62,8 +68,6 @@ def settings(**given) -> Settings:
     Raises:
       ValueError: a value that no run can have.
     """
-    if isinstance(given.get("variant"), str):
-        given["variant"] = given["variant"].split(",")
     chosen = complete(Settings, given)
     if 2 * chosen.probe > chosen.n:
         raise ValueError(

@@ -5,7 +5,15 @@ from __future__ import annotations
 import itertools
 from typing import Annotated, NamedTuple
 
-from tf_gsnr.experiments.framework.settings import Setting, at_least, complete
+from tf_gsnr.experiments.framework.settings import (
+    EXAMPLES,
+    SEEDS,
+    STEPS,
+    Setting,
+    at_least,
+    complete,
+    value_of,
+)
 
 GRID = ("n", "p_random", "width", "epochs")
 
@@ -25,10 +33,11 @@ class Settings(NamedTuple):
             at_least(0),
             "at_epochs",
             before="epochs",
+            most=10 * STEPS,
         ),
     ]
     training_sets: Annotated[
-        int, Setting("M, the training sets that a configuration has.", at_least(1))
+        int, Setting("M, the training sets that a configuration has.", at_least(1), most=SEEDS)
     ]
     learning_rate: float
     test_size: int | None
@@ -39,6 +48,7 @@ class Settings(NamedTuple):
             at_least(1),
             "microbatch_size",
             before="batch_size",
+            most=EXAMPLES,
         ),
     ]
     toy_input_scale: float
@@ -96,7 +106,7 @@ def settings(**given) -> Settings:
     # The default test_size None is the whole test set: 10,000 on MNIST, 20,000 on toy data [text].
     ours = dict(test_size=None, batch_size=500, toy_input_scale=1.0, toy_noise_scale=0.01)
     ours |= dict(unseen=False, seed=0)
-    dataset = given.get("dataset") or "mnist"
+    dataset = value_of(Settings, given, "dataset") or "mnist"
     paper = PAPER.get(dataset, PAPER["mnist"])
     chosen = complete(Settings, given, {**paper, **ours, "dataset": dataset})
     return chosen._replace(epochs=sorted(set(chosen.epochs)))

@@ -5,7 +5,14 @@ from __future__ import annotations
 import itertools
 from typing import Annotated, NamedTuple
 
-from tf_gsnr.experiments.framework.settings import POSITIVE, Setting, at_least, complete
+from tf_gsnr.experiments.framework.settings import (
+    EXAMPLES,
+    POSITIVE,
+    STEPS,
+    Setting,
+    at_least,
+    complete,
+)
 
 GRID = ("width", "learning_rate", "batch_size", "p_random", "repeats")
 
@@ -22,7 +29,8 @@ class Settings(NamedTuple):
     p_random: list[float] = [0.0, 0.2, 0.4]
     epochs: int = 30
     early_epochs: Annotated[
-        int, Setting("Epochs after which all trainings are measured early.", at_least(1))
+        int,
+        Setting("Epochs after which all trainings are measured early.", at_least(1), most=STEPS),
     ] = 2
     early_loss: Annotated[
         float, Setting("Training loss at which all trainings are measured early.", POSITIVE)
@@ -31,10 +39,11 @@ class Settings(NamedTuple):
         float, Setting("Training loss at which all trainings are compared at the end.", POSITIVE)
     ] = 0.2
     most_steps: Annotated[
-        int, Setting("Steps after which --final_loss is given up.", at_least(1))
+        int, Setting("Steps after which --final_loss is given up.", at_least(1), most=STEPS)
     ] = 6000
     probe: Annotated[
-        int | None, Setting("Training examples measured on; left out: all n.", at_least(2))
+        int | None,
+        Setting("Training examples measured on; left out: all n.", at_least(2), most=EXAMPLES),
     ] = None
     test_size: int | None = None
     repeats: int = 3
@@ -51,9 +60,9 @@ def settings(**given) -> Settings:
     """
     chosen = complete(Settings, given)
     if chosen.probe is not None and chosen.probe > chosen.n:
-        raise ValueError(f"--probe={chosen.probe}: expected at most n = {chosen.n}")
+        raise ValueError(f"--probe={chosen.probe}: expected at most --n={chosen.n}")
     if max(chosen.batch_size) > chosen.n:
-        raise ValueError(f"--batch_size={max(chosen.batch_size)}: expected at most n = {chosen.n}")
+        raise ValueError(f"--batch_size={max(chosen.batch_size)}: expected at most --n={chosen.n}")
     if chosen.early_epochs >= chosen.epochs:
         raise ValueError(
             f"--early_epochs={chosen.early_epochs}: expected less than --epochs={chosen.epochs}"

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from typing import Annotated, NamedTuple
 
-from tf_gsnr.experiments.framework.settings import Setting, at_least, complete
+from tf_gsnr.experiments.framework.settings import (
+    EXAMPLES,
+    STEPS,
+    Setting,
+    at_least,
+    at_most,
+    complete,
+    value_of,
+)
 
 GRID = ("repeats",)
 
@@ -22,12 +30,12 @@ class Settings(NamedTuple):
     epochs: int = 200  # [text]
     every: int = 2  # [ours]
     term_every: Annotated[
-        int, Setting("Epochs between two evaluations of (28); 0: none.", at_least(0))
+        int, Setting("Epochs between two evaluations of (28); 0: none.", at_least(0), most=STEPS)
     ] = 20  # [ours]
     learning_rate: float = 0.1  # [ours]
     # [ours] Left out it is all of them, gradient descent as in (5).
     batch_size: Annotated[
-        int | None, Setting("Examples of a step of SGD; left out: all.", at_least(1))
+        int | None, Setting("Examples of a step of SGD; left out: all.", at_least(1), most=EXAMPLES)
     ] = None
     repeats: int = 3  # [ours]
     toy_input_scale: float = 1.0
@@ -41,8 +49,11 @@ def settings(**given) -> Settings:
     Raises:
       ValueError: a value that no run can have.
     """
-    defaults = dict(model="toy_mlp", n=200) if given.get("dataset") == "toy" else {}
+    defaults = dict(model="toy_mlp", n=200) if value_of(Settings, given, "dataset") == "toy" else {}
     chosen = complete(Settings, given, defaults)
+    at_most(chosen, given, "every", "epochs")
+    at_most(chosen, given, "batch_size", "n")
+    at_most(chosen, given, "term_every", "epochs")
     if chosen.term_every % chosen.every:
         raise ValueError(
             f"--term_every={chosen.term_every}: expected a multiple of --every={chosen.every}"

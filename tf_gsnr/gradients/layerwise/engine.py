@@ -15,7 +15,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from tf_gsnr import keras_internals
+from tf_gsnr import checks, keras_internals
 from tf_gsnr.gradients import conservation, contract, losses, network
 from tf_gsnr.gradients.layerwise import capture, fallback, forms, recurrent, rules
 from tf_gsnr.gradients.sums import Groups, Sums, grouped
@@ -286,7 +286,7 @@ def _answer(call) -> list:
         rule = None if _is_activated(call.layer, rule.activation) else rule
     answer = None
     if rule is not None:
-        answer = rule.function(call)
+        answer = _checked(rule.function, rule.function(call))
         call.route = rule.function.__name__
     if answer is None and isinstance(call.layer, keras.layers.RNN):
         answer = recurrent.products(call)
@@ -296,6 +296,19 @@ def _answer(call) -> list:
         call.route = "fallback"
     wanted = {id(v) for v in call.unit.variables}
     return [(v, form) for v, form in answer if id(v) in wanted]
+
+
+def _checked(rule, answer):
+    """What a rule answered; ValueError where it is no list of variables and forms."""
+    pairs = answer if isinstance(answer, (list, tuple)) else [answer]
+    for pair in [] if answer is None else pairs:
+        fits = isinstance(pair, (list, tuple)) and len(pair) == 2
+        if not (fits and isinstance(pair[0], keras.Variable) and isinstance(pair[1], forms.Form)):
+            raise ValueError(
+                f"the rule {rule.__name__} returned {checks.shown(answer)}; expected None, or a "
+                "list of (variable, form) with forms of tf_gsnr.gradients.forms"
+            )
+    return answer
 
 
 def _is_activated(layer, attribute):

@@ -12,6 +12,8 @@ from typing import NamedTuple
 
 import keras
 
+from tf_gsnr import checks
+
 
 class Rule(NamedTuple):
     """A rule and what it needs.
@@ -56,6 +58,7 @@ def register_rule(layer_class: type, *, activation: str | None = None) -> Callab
 
     Raises:
       TypeError: `layer_class` is not a Keras layer class.
+      ValueError: `activation` is no name; what is decorated is no function of one argument.
 
     Example: a layer that multiplies each feature by a weight.
 
@@ -75,11 +78,15 @@ def register_rule(layer_class: type, *, activation: str | None = None) -> Callab
     """
     if not (inspect.isclass(layer_class) and issubclass(layer_class, keras.layers.Layer)):
         raise TypeError(
-            f"register_rule({layer_class!r}): expected a subclass of keras.layers.Layer"
+            f"register_rule(layer_class={checks.shown(layer_class)}): expected a subclass of "
+            "keras.layers.Layer"
         )
+    if activation is not None and not (isinstance(activation, str) and activation.isidentifier()):
+        checks.refuse("activation", activation, "the name of an attribute of the layer, or None")
 
     def register(function):
         global _version
+        checks.function("function", function, 1, "a function of one call, which returns forms")
         _RULES[layer_class] = Rule(function, activation)
         _version += 1
         return function
