@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import threading
+import weakref
 
 import keras
 import tensorflow as tf
@@ -18,6 +19,10 @@ try:
     from keras.src.utils.rng_utils import get_random_seed
 except ImportError:  # which Keras 3.8 has not
     get_random_seed = None
+try:
+    from tensorflow.python.framework.func_graph import dismantle_func_graph
+except ImportError:  # then it stays behind
+    dismantle_func_graph = None
 
 try:
     from tensorflow.python.ops.parallel_for import pfor
@@ -140,6 +145,26 @@ def replaced(replacements):
 def replaced_calls(layers, make):
     """`replaced` for the `call` of each layer, by `make(layer, call)`."""
     return replaced([(layer, "call", functools.partial(make, layer)) for layer in layers])
+
+
+def freed_with(model):
+    """Has the graph that Keras is tracing for a step of this model freed when the model goes.
+
+    A function that is traced within another leaves its graph behind, in a circle that the garbage
+    collector does not see: a small one for a plain step, ten megabytes for a measured one. To be
+    called while the step is traced; does nothing in a graph that is not Keras's own.
+    """
+    graph = tf.compat.v1.get_default_graph() if tf.inside_function() else None
+    while graph is not None and graph.name.startswith(("cond", "while")):
+        graph = getattr(graph, "outer_graph", None)
+    if getattr(graph, "name", None) == "one_step_on_data":
+        weakref.finalize(model, _dismantle, weakref.ref(graph)).atexit = False
+
+
+def _dismantle(reference):
+    graph = reference()
+    if graph is not None and dismantle_func_graph is not None:
+        dismantle_func_graph(graph)
 
 
 def set_silently(model, name, value):

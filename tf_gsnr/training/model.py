@@ -244,6 +244,7 @@ class _Training:
     def train_step(self, data):
         """One step of the way that is being traced; without one, as the first."""
         model = self.model
+        keras_internals.freed_with(model)
         if self.way == "unbuilt":  # Keras's own step, which builds the model as it is traced
             return type(model).train_step(model, step.as_traced(data, _hides(self.shapes)))
         self.prepare()
