@@ -128,7 +128,7 @@ def test_divergence_ends_a_configuration_and_not_the_grid(tmp_path):
 def test_names_stay_inside_the_runs(tmp_path, name):
     done = command(tmp_path / "runs", *TOY[:-1], f"--name={name}", "--n=20")
     assert (
-        done.returncode == 2 and f"--name={name}: expected the name of a directory" in done.stderr
+        done.returncode == 2 and f"--name={name!r}: expected the name of a directory" in done.stderr
     )
     assert not (tmp_path / "runs").exists()
 

@@ -144,7 +144,7 @@ def test_a_configuration_has_streams_of_its_own():
         (dict(batch_size=[100]), "--batch_size=100"),
         (dict(folds=20), "--folds=20"),
         (dict(curvature=True, optimizer=["adam"]), "--curvature"),
-        (dict(optimizer=["sgdd"]), "--optimizer=sgdd"),
+        (dict(optimizer=["sgdd"]), "--optimizer='sgdd'"),
     ],
 )
 def test_what_cannot_be_is_refused(given, message):

@@ -159,7 +159,7 @@ def test_bad_settings_are_named():
         JAGGED.settings(**SMALL | dict(probe=50))
     with pytest.raises(ValueError, match="--batch_size=4: an epoch has 5 steps of the large"):
         JAGGED.settings(**SMALL | dict(batch_size=4))
-    with pytest.raises(ValueError, match="--variant=adam: expected one of as_it_is"):
+    with pytest.raises(ValueError, match="--variant='adam': expected one of as_it_is"):
         JAGGED.settings(**SMALL, variant="adam")
     with pytest.raises(ValueError, match="needs classes"):
         JAGGED.check(JAGGED.settings(dataset="toy"), data.load("toy"))
