@@ -85,7 +85,7 @@ def outcome(attempt: Attempt) -> tuple[str, str]:
                 run(attempt)
         except SystemExit as error:
             code = error.code
-        except Exception:
+        except Exception:  # a traceback, which no bad flag may end in
             threw = traceback.format_exc().splitlines()[-1]
     text = threw or said.getvalue().strip()
     if not threw and not code:

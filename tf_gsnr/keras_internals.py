@@ -155,8 +155,6 @@ def freed_with(model):
     called while the step is traced; does nothing in a graph that is not Keras's own.
     """
     graph = tf.compat.v1.get_default_graph() if tf.inside_function() else None
-    while graph is not None and graph.name.startswith(("cond", "while")):
-        graph = getattr(graph, "outer_graph", None)
     if getattr(graph, "name", None) == "one_step_on_data":
         weakref.finalize(model, _dismantle, weakref.ref(graph)).atexit = False
 

@@ -181,10 +181,9 @@ class Moments(NamedTuple):
         Raises:
           ValueError: it is no integer from 0 on, or there are no more examples than that.
         """
-        if type(ddof) is not int or ddof:
-            checks.integer("ddof", ddof, 0)
-            if ddof and not arrays.is_tensor(self.count) and self.count <= ddof:
-                checks.refuse("ddof", ddof, f"less than the {int(self.count)} examples")
+        checks.integer("ddof", ddof, 0)
+        if ddof and not arrays.is_tensor(self.count) and self.count <= ddof:
+            checks.refuse("ddof", ddof, f"less than the {int(self.count)} examples")
         return [v / arrays.like(v, self.count - ddof) for v in self.m2]
 
     def astype(self, dtype) -> Moments:

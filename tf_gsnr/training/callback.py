@@ -239,11 +239,7 @@ class GSNRCallback(keras.callbacks.Callback):
 
     def _refuse_what_cannot_be_measured(self):
         """Measures one micro-batch, so that what is refused is refused before training."""
-        batch = next(iter(data.micro_batches(self._x, self._y, None, self._batch_size)))
-        if data.is_stream(self._x):
-            x, y = data.Batches([batch[:3]]), None
-        else:
-            x, y = (data.rows(v, slice(0, self._batch_size)) for v in (self._x, self._y))
+        x, y = self._first_batch(self._x, self._y)
         weight = self._options["sample_weight"]
         if weight is not None:
             weight = data.rows(weight, slice(0, self._batch_size))
@@ -251,15 +247,16 @@ class GSNRCallback(keras.callbacks.Callback):
         if self._test is not None:
             _named("test_data", self._refuse_test_data)
 
+    def _first_batch(self, x, y):
+        """The first micro-batch, as `gradient_moments` takes it."""
+        batch = next(iter(data.micro_batches(x, y, None, self._batch_size)))
+        if data.is_stream(x):
+            return data.Batches([batch[:3]]), None
+        return tuple(data.rows(v, slice(0, self._batch_size)) for v in (x, y))
+
     def _refuse_test_data(self):
         """Raises ValueError where the first micro-batch of it has no finite losses."""
-        x, y = self._test
-        batch = next(iter(data.micro_batches(x, y, None, self._batch_size)))
-        x, y = (
-            (data.Batches([batch[:3]]), None)
-            if data.is_stream(x)
-            else (data.rows(v, slice(0, self._batch_size)) for v in (x, y))
-        )
+        x, y = self._first_batch(*self._test)
         each = self._losses(x, y, self._batch_size)
         if not np.isfinite(each).all() and self._is_finite():
             n = int(np.argmin(np.isfinite(each)))
@@ -283,11 +280,9 @@ class GSNRCallback(keras.callbacks.Callback):
         self._decreases, self._untold = [], {}
 
     def on_train_batch_begin(self, batch, logs=None):
-        if type(batch) is not int or batch < 0:
-            batch = checks.integer("batch", batch, 0)
+        batch = checks.integer("batch", batch, 0)
         first = self._due_step is _never and not self._rows and self._wants_start()
-        due = self._due_step(self._steps)
-        self._owed |= first or (due if due is True else checks.boolean("schedule", due))
+        self._owed |= first or checks.boolean("schedule", self._due_step(self._steps))
         if self._owed and self.model.built:  # else as soon as it is
             self._measure()
         self._batch = batch
@@ -296,8 +291,7 @@ class GSNRCallback(keras.callbacks.Callback):
         return self.model.built and (self._test is not None or self._recorder is not None)
 
     def on_train_batch_end(self, batch, logs=None):
-        if type(batch) is not int or batch < 0:
-            batch = checks.integer("batch", batch, 0)
+        batch = checks.integer("batch", batch, 0)
         steps = keras_internals.steps_of_execution(self.model, self._batch, batch)
         self._steps += steps
         if self._recorder is not None and not self._recorder.open:

@@ -43,7 +43,9 @@ def run(configuration: dict, settings: Settings, workbench) -> Iterator[dict]:
     """The records of one training, one per measured epoch; it goes on from the checkpoint."""
     begin = time.monotonic()
     seed = configuration["seed"]
-    network = _network(configuration["model"], settings, workbench)
+    network = workbench.once(
+        configuration["model"], lambda: _build(configuration["model"], settings, workbench)
+    )
     (x, y), test = _examples(configuration, settings, workbench.source)
     probe = x[: settings.probe], y[: settings.probe]
     first, elapsed = _restore(network.model, configuration, settings, workbench)
@@ -100,13 +102,6 @@ class _Network(NamedTuple):
     model: keras.Model
     train: Callable
     measure: Callable
-
-
-def _network(name, settings, workbench) -> _Network:
-    """The named network; traced once."""
-    if name not in workbench.traced:
-        workbench.traced[name] = _build(name, settings, workbench)
-    return workbench.traced[name]
 
 
 def check(settings: Settings, source):

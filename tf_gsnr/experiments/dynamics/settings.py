@@ -12,6 +12,8 @@ from tf_gsnr.experiments.framework.settings import (
     at_least,
     at_most,
     complete,
+    grid,
+    seeds,
 )
 
 GRID = ("model", "p_random", "repeats")
@@ -53,20 +55,13 @@ def settings(**given) -> Settings:
     chosen = complete(Settings, given)
     at_most(chosen, given, "every", "epochs")
     at_most(chosen, given, "batch_size", "n")
-    if chosen.probe is not None and chosen.probe > chosen.n:
-        raise ValueError(f"--probe={chosen.probe}: expected at most --n={chosen.n}")
+    at_most(chosen, given, "probe", "n")
     return chosen
 
 
 def configurations(settings: Settings) -> list[dict]:
     """Every network, seed and share of random labels."""
-    seeds = range(settings.seed, settings.seed + settings.repeats)
-    return [
-        dict(model=model, seed=seed, p_random=p_random)
-        for model in settings.model
-        for seed in seeds
-        for p_random in settings.p_random
-    ]
+    return grid(model=settings.model, seed=seeds(settings), p_random=settings.p_random)
 
 
 def epochs(settings: Settings) -> list[int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -95,6 +95,12 @@ class Workbench(NamedTuple):
     replicas: int | None = None
     strategy: Any = None
     traced: dict = {}
+
+    def once(self, key, make: Callable) -> Any:
+        """What `make()` returns: made for the first configuration that asks, then kept."""
+        if key not in self.traced:
+            self.traced[key] = make()
+        return self.traced[key]
 
     def engine_for(self, model, loss) -> str:
         """The engine that measures this network right, tried on a few examples of the source.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import types
 import typing
 from collections.abc import Callable
@@ -134,7 +135,7 @@ def _field(name, hint, settings):
     return Field(name, hint if hint in (int, float, str, bool) else str, is_list, default, setting)
 
 
-def complete(settings: Any, given: dict, defaults: dict | None = None, **ranges: Range):
+def complete(settings: Any, given: dict, defaults: dict | None = None):
     """Fills a NamedTuple of settings.
 
     Args:
@@ -143,8 +144,6 @@ def complete(settings: Any, given: dict, defaults: dict | None = None, **ranges:
         field is a single value, and a single value where it is a list. What stands in a list twice
         is taken once.
       defaults: a value for each field that is not given and has no default of its own.
-      **ranges: for a field, the values that it, or each entry of its list, may have, where its
-        `Setting` does not say it.
 
     Raises:
       ValueError: a value of another type or out of its range, none or several where one is
@@ -173,7 +172,7 @@ def complete(settings: Any, given: dict, defaults: dict | None = None, **ranges:
     values |= {name: value for name, value in given.items() if value is not None}
     for name, value in values.items():
         if value is not None and name in known:
-            values[name] = _checked(known[name], value, ranges.get(name))
+            values[name] = _checked(known[name], value)
     return settings(**values)
 
 
@@ -191,9 +190,23 @@ def at_most(settings: Any, given: dict, name: str, other: str):
         raise ValueError(f"{flags[name]}={value}: expected at most {flags[other]}={most}")
 
 
-def _checked(field, value, check=None):
+def grid(**axes) -> list[dict]:
+    """Every configuration of these values, the last axis running fastest.
+
+    >>> grid(n=[10, 20], seed=range(2))[1:3]
+    [{'n': 10, 'seed': 1}, {'n': 20, 'seed': 0}]
+    """
+    return [dict(zip(axes, values)) for values in itertools.product(*axes.values())]
+
+
+def seeds(settings: Any) -> range:
+    """Those of a run: --repeats of them, from --seed on."""
+    return range(settings.seed, settings.seed + settings.repeats)
+
+
+def _checked(field, value):
     """The value of a field, or a list of them, of its type and in its range."""
-    flag, check = f"--{field.flag}", check or field.setting.check
+    flag, check = f"--{field.flag}", field.setting.check
     several = isinstance(value, (list, tuple, range)) or np.ndim(value) == 1
     if isinstance(value, str) and field.is_list:
         value, several = value.split(","), True

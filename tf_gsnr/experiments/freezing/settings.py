@@ -12,6 +12,8 @@ from tf_gsnr.experiments.framework.settings import (
     at_least,
     at_most,
     complete,
+    grid,
+    seeds,
 )
 
 GRID = ("repeats",)
@@ -58,8 +60,7 @@ def settings(**given) -> Settings:
 
 def configurations(settings: Settings) -> list[dict]:
     """Every seed, whole and frozen."""
-    seeds = range(settings.seed, settings.seed + settings.repeats)
-    return [dict(seed=seed, frozen=frozen) for seed in seeds for frozen in (False, True)]
+    return grid(seed=seeds(settings), frozen=[False, True])
 
 
 def epochs(settings: Settings) -> list[int]:

@@ -65,7 +65,9 @@ def run(configuration: dict, settings: Settings, workbench) -> Iterator[dict]:
     """The records of a configuration, one per measured epoch, once its models are trained."""
     begin = time.monotonic()
     c = configuration
-    trainer = _trainer(c, settings, workbench)
+    trainer = workbench.once(
+        (c["optimizer"], c["batch_size"], c["n"]), lambda: _Trainer(c, settings, workbench)
+    )
     x, y, test = _examples(c, settings, workbench.source)
     initial = trainer.build(c["seed"]).get_weights()
     rng = _rng(c, 2)
@@ -166,13 +168,6 @@ class _Trained(NamedTuple):
     test: list
     first_order: list
     curvature: list
-
-
-def _trainer(configuration, settings, workbench):
-    kind = (configuration["optimizer"], configuration["batch_size"], configuration["n"])
-    if kind not in workbench.traced:
-        workbench.traced[kind] = _Trainer(configuration, settings, workbench)
-    return workbench.traced[kind]
 
 
 def optimizer(name: str, settings: Settings) -> keras.optimizers.Optimizer:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from typing import Annotated, NamedTuple
 
 from tf_gsnr.experiments.framework.settings import (
@@ -15,6 +14,8 @@ from tf_gsnr.experiments.framework.settings import (
     at_least,
     at_most,
     complete,
+    grid,
+    seeds,
 )
 
 GRID = ("n", "p_random", "optimizer", "batch_size", "repeats")
@@ -99,12 +100,13 @@ def settings(**given) -> Settings:
 
 def configurations(settings: Settings) -> list[dict]:
     """Every size, label noise, optimiser, batch size and seed."""
-    seeds = range(settings.seed, settings.seed + settings.repeats)
-    grid = itertools.product(
-        settings.n, settings.p_random, settings.optimizer, settings.batch_size, seeds
+    return grid(
+        n=settings.n,
+        p_random=settings.p_random,
+        optimizer=settings.optimizer,
+        batch_size=settings.batch_size,
+        seed=seeds(settings),
     )
-    names = ("n", "p_random", "optimizer", "batch_size", "seed")
-    return [dict(zip(names, values)) for values in grid]
 
 
 def epochs(settings: Settings) -> list[int]:

@@ -12,6 +12,7 @@ from tf_gsnr.experiments.framework.settings import (
     Setting,
     at_least,
     complete,
+    seeds,
 )
 
 GRID = ("variant", "repeats")
@@ -84,8 +85,9 @@ def settings(**given) -> Settings:
 
 def configurations(settings: Settings) -> list[dict]:
     """Every seed and variant of the training."""
-    seeds = range(settings.seed, settings.seed + settings.repeats)
-    return [dict(variant=variant, seed=seed) for seed in seeds for variant in settings.variant]
+    return [
+        dict(variant=variant, seed=seed) for seed in seeds(settings) for variant in settings.variant
+    ]
 
 
 def epochs(settings: Settings) -> list[int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from typing import Annotated, NamedTuple
 
 from tf_gsnr.experiments.framework.settings import (
@@ -12,6 +11,7 @@ from tf_gsnr.experiments.framework.settings import (
     Setting,
     at_least,
     complete,
+    grid,
     value_of,
 )
 
@@ -114,8 +114,9 @@ def settings(**given) -> Settings:
 
 def configurations(settings: Settings) -> list[dict]:
     """Every (n, p_random, width), the smallest first."""
-    grid = itertools.product(sorted(settings.n), sorted(settings.p_random), sorted(settings.width))
-    return [dict(n=n, p_random=p, width=width) for n, p, width in grid]
+    return grid(
+        n=sorted(settings.n), p_random=sorted(settings.p_random), width=sorted(settings.width)
+    )
 
 
 def epochs(settings: Settings) -> list[int]:

@@ -42,7 +42,9 @@ def check(settings: Settings, source):
 def run(configuration: dict, settings: Settings, workbench) -> Iterator[dict]:
     """The one record of a training."""
     begin = time.monotonic()
-    network = _network(configuration["width"], settings, workbench)
+    network = workbench.once(
+        configuration["width"], lambda: _build(configuration["width"], settings, workbench)
+    )
     train, test = _examples(configuration, settings, workbench.source)
     record: dict = {
         "experiment": "ranking",
@@ -79,13 +81,6 @@ class _Network(NamedTuple):
     model: keras.Model
     evaluate: Callable
     moments: Callable
-
-
-def _network(width, settings, workbench) -> _Network:
-    """The network of this width; traced once."""
-    if width not in workbench.traced:
-        workbench.traced[width] = _build(width, settings, workbench)
-    return workbench.traced[width]
 
 
 def _build(width, settings, workbench):

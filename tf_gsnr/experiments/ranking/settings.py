@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from typing import Annotated, NamedTuple
 
 from tf_gsnr.experiments.framework.settings import (
@@ -11,7 +10,10 @@ from tf_gsnr.experiments.framework.settings import (
     STEPS,
     Setting,
     at_least,
+    at_most,
     complete,
+    grid,
+    seeds,
 )
 
 GRID = ("width", "learning_rate", "batch_size", "p_random", "repeats")
@@ -59,8 +61,7 @@ def settings(**given) -> Settings:
       ValueError: a value that no run can have.
     """
     chosen = complete(Settings, given)
-    if chosen.probe is not None and chosen.probe > chosen.n:
-        raise ValueError(f"--probe={chosen.probe}: expected at most --n={chosen.n}")
+    at_most(chosen, given, "probe", "n")
     if max(chosen.batch_size) > chosen.n:
         raise ValueError(f"--batch_size={max(chosen.batch_size)}: expected at most --n={chosen.n}")
     if chosen.early_epochs >= chosen.epochs:
@@ -76,10 +77,13 @@ def settings(**given) -> Settings:
 
 def configurations(settings: Settings) -> list[dict]:
     """Every width, learning rate, batch size, share of random labels and seed."""
-    seeds = range(settings.seed, settings.seed + settings.repeats)
-    axes = (settings.width, settings.learning_rate, settings.batch_size, settings.p_random, seeds)
-    names = ("width", "learning_rate", "batch_size", "p_random", "seed")
-    return [dict(zip(names, values)) for values in itertools.product(*axes)]
+    return grid(
+        width=settings.width,
+        learning_rate=settings.learning_rate,
+        batch_size=settings.batch_size,
+        p_random=settings.p_random,
+        seed=seeds(settings),
+    )
 
 
 def epochs(settings: Settings) -> list[int]:

@@ -11,6 +11,8 @@ from tf_gsnr.experiments.framework.settings import (
     at_least,
     at_most,
     complete,
+    grid,
+    seeds,
     value_of,
 )
 
@@ -63,7 +65,7 @@ def settings(**given) -> Settings:
 
 def configurations(settings: Settings) -> list[dict]:
     """Every seed."""
-    return [dict(seed=settings.seed + k) for k in range(settings.repeats)]
+    return grid(seed=seeds(settings))
 
 
 def epochs(settings: Settings) -> list[int]:
