@@ -394,3 +394,30 @@ def test_a_probe_set_that_is_a_dataset():
         np.testing.assert_allclose(value, arrays[name], rtol=1e-5, err_msg=name)
     with pytest.raises(ValueError, match="infinite"):
         fitted(dataset.repeat())
+
+
+A, B = Y[:, None] + np.zeros([1, 2], "float32"), Y[:, None] * np.ones([1, 1], "float32")
+OUTPUTS = {
+    "names that no layer has": (lambda a, b: {"z": a, "c": b}, {"z": A}, {"z": "mse"}),
+    "nested": (
+        lambda a, b: {"p": {"z": a}, "c": b},
+        {"p": {"z": A}, "c": B},
+        {"p": {"z": "mse"}, "c": "mae"},
+    ),
+    "a dict's in the order of its names": (lambda a, b: {"z": a, "c": b}, [B, A], "mse"),
+    "the array of the only loss": (lambda a, b: {"a": a, "b": b}, A, {"a": "mse"}),
+    "a list of it": (lambda a, b: {"a": a, "b": b}, [A], {"a": "mse"}),
+    "a loss for one of a list": (lambda a, b: [a, b], [A, B], [None, "mae"]),
+}
+
+
+@pytest.mark.parametrize("case", OUTPUTS)
+def test_targets_and_losses_as_keras_pairs_them(case):
+    outputs, y, loss = OUTPUTS[case]
+    inputs = keras.Input(X.shape[1:])
+    layers = keras.layers.Dense(2, name="a"), keras.layers.Dense(1, name="b")
+    model = keras.Model(inputs, outputs(*(layer(inputs) for layer in layers)))
+    measured = tf_gsnr.gradient_moments(model, X, y, loss).loss
+    model.compile("sgd", loss)
+    theirs = np.ravel(model.evaluate(X, y, len(X), verbose=0))[0]
+    np.testing.assert_allclose(measured, theirs, 1e-5)

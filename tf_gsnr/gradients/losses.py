@@ -108,7 +108,7 @@ def check(model, loss):
     """Raises ValueError for what is no loss, or none for the outputs of this model."""
     outputs = getattr(model, "outputs", None)
     outputs = None if outputs is None else len(outputs)
-    targets.check_loss(loss, outputs, getattr(model, "output_names", None))
+    targets.check_loss(loss, outputs)
 
 
 def _compiled(model, loss):

@@ -34,11 +34,11 @@ AS_COMPILED = ("crossentropy", "ce")  # which `compile` takes for the one that f
 EXPECTED = "a Keras loss, its name, or a callable (y_true, y_pred) -> [batch]"
 
 
-def check_loss(loss: Any, outputs: int | None = None, names=None):
+def check_loss(loss: Any, outputs: int | None = None):
     """Raises ValueError for what `compile(loss=...)` makes no loss of.
 
     Args:
-      outputs, names: of the model, where they are known.
+      outputs: how many the model has, where that is known.
     """
     whole = callable(loss) or isinstance(loss, str)
     leaves = [loss] if whole else keras.tree.flatten(loss)
@@ -47,12 +47,6 @@ def check_loss(loss: Any, outputs: int | None = None, names=None):
     for leaf in leaves:
         if leaf is not None:
             _check_leaf(leaf)
-    unknown = set(loss) - set(names or ()) if isinstance(loss, dict) and outputs else ()
-    if unknown:
-        of = ", ".join(names) if names else "the only output, and no dict"
-        raise ValueError(
-            f"loss: the model has no output {', '.join(map(repr, unknown))}; expected that of {of}"
-        )
     if isinstance(loss, (list, tuple)) and outputs is not None and len(loss) != outputs:
         raise ValueError(f"loss: a list of {len(loss)}; expected one for each of {outputs} outputs")
 
@@ -94,7 +88,7 @@ def kinds(loss) -> list:
 
 
 def _kind(leaf):
-    if leaf is None or isinstance(leaf, str) and leaf in AS_COMPILED:
+    if leaf is None or isinstance(leaf, (list, tuple, dict)) or leaf in AS_COMPILED:
         return None
     if isinstance(leaf, str):
         leaf = keras.losses.get(leaf)
@@ -116,6 +110,15 @@ def check(owner, y, predictions, sample_weight):
     outputs = _by_name(owner, predictions)
     if outputs is None:  # nested deeper
         return
+    if isinstance(losses, dict):
+        known = {*outputs, *(getattr(owner, "output_names", None) or ())}
+        unknown = [name for name in losses if name not in known]
+        if unknown:
+            raise ValueError(
+                f"loss: the model has no output {', '.join(map(repr, unknown))}; expected that of "
+                f"{_names_of(outputs)}"
+            )
+    y = _of_the_only_loss(losses, y, outputs)
     for name, value in (("y", y), ("sample_weight", sample_weight)):
         if value is not None:
             _check_structure(name, value, outputs)
@@ -136,10 +139,19 @@ def check(owner, y, predictions, sample_weight):
             _check_weight(weight, output)
 
 
+def _of_the_only_loss(losses, y, outputs):
+    """The targets by output, where one array is given and one output of several has a loss."""
+    one = y[0] if isinstance(y, (list, tuple)) and len(y) == 1 else y
+    if len(outputs) < 2 or not isinstance(losses, (list, tuple, dict)) or not tf.is_tensor(one):
+        return y
+    with_loss = [n for i, n in enumerate(outputs) if _part(losses, n, i) is not None]
+    return {with_loss[0]: one} if len(with_loss) == 1 else y
+
+
 def _by_name(owner, predictions) -> dict | None:
     """`{name or place: output}`; None where outputs are nested deeper than a list or dict."""
     if isinstance(predictions, dict):
-        outputs = dict(predictions)
+        outputs = {name: predictions[name] for name in sorted(predictions)}  # as Keras flattens it
     elif isinstance(predictions, (list, tuple)):
         names = getattr(owner, "output_names", None) or range(len(predictions))
         outputs = dict(zip(names, predictions))
@@ -165,14 +177,17 @@ def _check_structure(name, value, outputs):
     if isinstance(value, dict):
         if not set(value) <= set(outputs):
             given = ", ".join(map(str, value))
-            of = names if 0 not in outputs else "the only output, and no dict"
-            raise ValueError(f"{name}: a dict of {given}; expected that of {of}")
+            raise ValueError(f"{name}: a dict of {given}; expected that of {_names_of(outputs)}")
     elif isinstance(value, (list, tuple)):
         if len(value) != len(outputs):
             count = f"{len(outputs)}, one for each output"
             raise ValueError(f"{name}: {len(value)} arrays; expected {count}")
     elif len(outputs) > 1 and name == "y":
         raise ValueError(f"{name}: one array; expected one for each output: {names}")
+
+
+def _names_of(outputs) -> str:
+    return ", ".join(map(str, outputs)) if 0 not in outputs else "the only output, and no dict"
 
 
 def _check_target(kind, y, output):
