@@ -209,7 +209,7 @@ BAD_Y = ["text", 3.0, 5, object(), {}, NAN, True, lambda: 0] + [
     np.zeros([N, 1, 3], np.float32),
     np.zeros([N, 3, 1, 1], np.float32),
     np.zeros([N, 3, 3], np.float32),
-    np.zeros([N, 1], np.float32),
+    Fine(np.zeros([N, 1], np.float32), "one target for all outputs of an example"),
     np.zeros([N], np.float32),
     np.zeros([N - 1, 3], np.float32),
     np.full([N, 3], NAN, np.float32),

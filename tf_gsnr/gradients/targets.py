@@ -202,7 +202,7 @@ def _check_target(kind, y, output):
         fits = _same(given, made[:-1]) or _same(given, [*made[:-1], 1])
         expected = "a class for each row of outputs, a whole number"
     else:
-        fits = _same(given, made) or _same(given, [*made, 1])
+        fits = _same(given, made, or_one=True) or _same(given, [*made, 1])
         fits = fits or made[-1:] == [1] and _same(given, made[:-1])
         expected = "targets of the shape of the outputs"
     if not fits:
@@ -233,8 +233,10 @@ def _dimensions(v):
     return list(v.shape)[1:]
 
 
-def _same(a, b) -> bool:
-    return len(a) == len(b) and all(None in (x, y) or x == y for x, y in zip(a, b))
+def _same(given, made, or_one=False) -> bool:
+    """Whether the sizes agree; or are one, which Keras broadcasts within an example."""
+    fits = (None in (g, m) or g == m or or_one and g == 1 for g, m in zip(given, made))
+    return len(given) == len(made) and all(fits)
 
 
 def _text(shape):
