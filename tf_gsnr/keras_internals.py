@@ -20,9 +20,9 @@ try:
 except ImportError:  # which Keras 3.8 has not
     get_random_seed = None
 try:
-    from tensorflow.python.framework.func_graph import dismantle_func_graph
-except ImportError:  # then it stays behind
-    dismantle_func_graph = None
+    from tensorflow.python.framework.ops import gradient_registry as registry
+except ImportError:  # then the graphs of models that went stay behind
+    registry = None
 
 try:
     from tensorflow.python.ops.parallel_for import pfor
@@ -148,21 +148,23 @@ def replaced_calls(layers, make):
 
 
 def freed_with(model):
-    """Has the graph that Keras is tracing for a step of this model freed when the model goes.
+    """Has the graph that is being traced for a model freed when the model goes.
 
-    A function that is traced within another leaves its graph behind, in a circle that the garbage
-    collector does not see: a small one for a plain step, ten megabytes for a measured one. To be
-    called while the step is traced; does nothing in a graph that is not Keras's own.
+    TensorFlow keeps the gradient of every `tf.custom_gradient` in a registry of the process, for
+    ever, and by it the graph that called it: every step of Keras has one, in its optimiser.
     """
-    graph = tf.compat.v1.get_default_graph() if tf.inside_function() else None
-    if getattr(graph, "name", None) == "one_step_on_data":
-        weakref.finalize(model, _dismantle, weakref.ref(graph)).atexit = False
+    if tf.inside_function():
+        graph = weakref.ref(tf.compat.v1.get_default_graph())
+        weakref.finalize(model, _forget_gradients, graph).atexit = False
 
 
-def _dismantle(reference):
+def _forget_gradients(reference):
     graph = reference()
-    if graph is not None and dismantle_func_graph is not None:
-        dismantle_func_graph(graph)
+    registered = getattr(registry, "_registry", {})
+    for operation in graph.get_operations() if graph is not None else ():
+        name = operation.node_def.attr["_gradient_op_type"].s.decode()
+        if name.startswith("CustomGradient-"):  # the others are TensorFlow's own
+            registered.pop(name, None)
 
 
 def set_silently(model, name, value):

@@ -6,7 +6,6 @@ The step itself is in `step.py`, what is shown in `meter.py`.
 from __future__ import annotations
 
 import contextlib
-import functools
 import inspect
 import time
 import weakref
@@ -244,25 +243,29 @@ class _Training:
     def train_step(self, data):
         """One step of the way that is being traced; without one, as the first."""
         model = self.model
-        keras_internals.freed_with(model)
         if self.way == "unbuilt":  # Keras's own step, which builds the model as it is traced
+            keras_internals.freed_with(model)
             return type(model).train_step(model, step.as_traced(data, _hides(self.shapes)))
         self.prepare()
         if self.way == "plain":
-            return step.plain(model, self.plan, self.meter, data)
+            return self.plain(data)
         if self.way == "either":
             due = tf.equal(self.meter.steps.value % self.every, 0)
             if step.replicas() > 1:
                 return self.measured(data, due)
-            plain = functools.partial(step.plain, model, self.plan, self.meter, data)
-            return tf.cond(due, lambda: self.measured(data), plain)
+            return tf.cond(due, lambda: self.measured(data), lambda: self.plain(data))
         logs = self.measured(data)
         if self.way == "called":
             logs.pop(plan.CHECKS, None)
             logs |= self.meter.result()
         return logs
 
+    def plain(self, data):
+        keras_internals.freed_with(self.model)  # the graph may be that of a branch
+        return step.plain(self.model, self.plan, self.meter, data)
+
     def measured(self, data, due=True):
+        keras_internals.freed_with(self.model)
         return step.measured(self.model, self.plan, self.meter, data, every=self.every, due=due)
 
     def prepare(self):
