@@ -135,6 +135,17 @@ def logistic_regression(input_shape, outputs, width) -> keras.Model:
     return _linear(input_shape, outputs, "logistic_regression")
 
 
+def pooled_logistic_regression(input_shape, outputs, width) -> keras.Model:
+    """Logistic regression on images averaged to width x width: few parameters, a convex loss."""
+    if len(input_shape) != 3 or any(side % width for side in input_shape[:2]):
+        raise ValueError(f"expected images whose sides are multiples of --width={width}")
+    pool = tuple(side // width for side in input_shape[:2])
+    output = layers.Dense(outputs, kernel_initializer="zeros", name="output")
+    parts = [_centred(), layers.AveragePooling2D(pool), layers.Flatten(), output]
+    inputs = keras.Input(input_shape)
+    return keras.Sequential([inputs, *parts], name="pooled_logistic_regression")
+
+
 def linear_svm(input_shape, outputs, width) -> keras.Model:
     """The same layer with the hinge loss: a linear support-vector machine (without its penalty)."""
     return _linear(input_shape, outputs, "linear_svm")
@@ -185,6 +196,7 @@ MODELS: dict[str, Callable] = {
     "simple_cnn": simple_cnn,
     "resnet18": resnet18,
     "logistic_regression": logistic_regression,
+    "pooled_logistic_regression": pooled_logistic_regression,
     "linear_svm": linear_svm,
 }
 

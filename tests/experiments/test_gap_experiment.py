@@ -11,45 +11,66 @@ from tf_gsnr.experiments.gap import run as gap
 from tf_gsnr.records import RunDirectory
 
 GAP = experiments.load("gap")
-N, EPOCHS, RATE, ETA = 24, 8, 0.05, 0.01
+N, EPOCHS, RATE, ETA, SETS = 24, 8, 0.05, 0.01, 3
 
 
 def linear(input_shape, outputs, width):
     return keras.Sequential([keras.Input(input_shape), keras.layers.Dense(1, name="only")])
 
 
-def regression():
+def regression_of(examples):
     rng = np.random.default_rng(0)
-    x = rng.normal(size=[400, 3])
-    y = x @ [[1.0], [-2.0], [0.5]] + rng.normal(size=[400, 1])
-    return data.from_arrays((x[:200], y[:200]), (x[200:], y[200:]))
+    x = rng.normal(size=[2 * examples, 3])
+    y = x @ [[1.0], [-2.0], [0.5]] + rng.normal(size=[2 * examples, 1])
+    return data.from_arrays((x[:examples], y[:examples]), (x[examples:], y[examples:]))
+
+
+def regression():
+    return regression_of(200)
 
 
 def settings(**more):
     small = dict(n=[N], optimizer=["sgd"], batch_size=[0], learning_rate=RATE, epochs=EPOCHS)
     small |= dict(folds=4, twins=3, eta=ETA, repeats=1, model="test_gap_experiment:linear")
+    small |= dict(training_sets=SETS)
     return GAP.settings(**small | more)
 
 
-@pytest.fixture(scope="module")
-def descent(tmp_path_factory):
-    chosen, source = settings(curvature=True), regression()
+def trained(chosen, source, directory):
+    """The records, the examples and the initial weights of the only configuration."""
     (configuration,) = GAP.configurations(chosen)
     bench = Workbench(
         source,
-        RunDirectory(tmp_path_factory.mktemp("gap") / "run", {}),
+        RunDirectory(directory, {}),
         progress.Progress(1.0, open("/dev/null", "w")),  # noqa: SIM115
         traced={},
         engine="auto",
         jit_compile=False,
     )
     rows = list(gap.run(configuration, chosen, bench))
-    x, y, test = gap._examples(configuration, chosen, source)
-    design = np.concatenate([x, np.ones([N, 1])], 1).astype(np.float64)
+    x, y = gap._examples(configuration, chosen, source)
     trainer = next(iter(bench.traced.values()))
     kernel, bias = trainer.build(configuration["seed"]).get_weights()
-    start = np.append(kernel[:, 0], bias).astype(np.float64)
-    return rows, design, y[:, 0].astype(np.float64), start, test, configuration, chosen
+    start = np.concatenate([kernel, bias[np.newaxis]]).astype(np.float64)
+    return rows, with_ones(x), y, start, configuration
+
+
+@pytest.fixture(scope="module")
+def descent(tmp_path_factory):
+    chosen, source = settings(curvature=True), regression()
+    directory = tmp_path_factory.mktemp("gap") / "run"
+    rows, x, y, start, configuration = trained(chosen, source, directory)
+    return rows, x, y[:, 0].astype(np.float64), start[:, 0], configuration, chosen
+
+
+def with_ones(x):
+    return np.concatenate([x, np.ones([len(x), 1])], 1).astype(np.float64)
+
+
+def first(descent):
+    """Of the first training set."""
+    rows, x, y, start, *_ = descent
+    return rows, x[:N], y[:N], start
 
 
 def weights_of(design, y, start, factors):
@@ -76,17 +97,40 @@ def column(rows, name):
 
 
 def test_the_gap_is_that_of_the_losses(descent):
-    rows, design, y, start, (test_x, test_y), *_ = descent
-    path = weights_of(design, y, start, np.ones(N))
-    train = losses(design, y, path).mean(1)
-    tests = losses(np.concatenate([test_x, np.ones([200, 1])], 1), test_y[:, 0], path).mean(1)
+    rows, x, y, start, *_ = descent
+    own = [slice(m * N, (m + 1) * N) for m in range(SETS)]
+    paths = [weights_of(x[s], y[s], start, np.ones(N)) for s in own]
+    found = np.array([losses(x, y, path) for path in paths])  # [set of the model, epoch, example]
+    train = np.mean([found[m][:, s].mean(1) for m, s in enumerate(own)], 0)
     np.testing.assert_allclose(column(rows, "train_loss"), train, rtol=1e-4)
-    wanted = (tests - tests[0]) - (train - train[0])
-    np.testing.assert_allclose(column(rows, "gap"), wanted, atol=1e-4)
+    gaps = []
+    for m, s in enumerate(own):
+        others = [found[k][:, s] for k in range(SETS) if k != m]
+        gaps.append((np.mean(others, 0) - found[m][:, s]).mean(1))
+    np.testing.assert_allclose(column(rows, "gap"), np.mean(gaps, 0), atol=1e-4)
+    se = np.std(gaps, 0, ddof=1) / SETS**0.5
+    np.testing.assert_allclose(column(rows, "gap_se"), se, rtol=1e-2, atol=1e-4)
+    tests = found[:, :, SETS * N :].mean((0, 2))
+    np.testing.assert_allclose(column(rows, "test_loss"), tests, rtol=1e-4)
+    starts = found[:, :1]
+    wanted = (tests - tests[0]) - np.mean(
+        [(found[m] - starts[m])[:, s].mean(1) for m, s in enumerate(own)], 0
+    )
+    np.testing.assert_allclose(column(rows, "test_gap"), wanted, atol=1e-4)
+
+
+def test_both_gaps_are_the_same_in_expectation(tmp_path):
+    chosen, source = settings(epochs=4, training_sets=60, every=4), regression_of(10_000)
+    row = trained(chosen, source, tmp_path / "run")[0][-1]
+    assert row["gap"] > 5 * row["gap_se"]
+    error = np.hypot(row["gap_se"], row["test_gap_se"])
+    assert abs(row["gap"] - row["test_gap"]) < 3 * error
+    assert row["gap_se"] < 0.7 * row["test_gap_se"]
 
 
 def test_folds_are_left_out(descent):
-    rows, design, y, start, _, configuration, chosen = descent
+    rows, design, y, start = first(descent)
+    configuration, chosen = descent[-2:]
     part, _ = drawn(configuration, chosen)
     gaps = []
     for k in range(chosen.folds):
@@ -100,8 +144,8 @@ def test_folds_are_left_out(descent):
 
 def test_twins_are_the_derivative_along_random_signs(descent):
     """dw <- (I - lambda H) dw - lambda (1/N) sum_n e[n] g[n];  - (1/N) sum_n e[n] g[n].dw"""
-    rows, design, y, start, _, configuration, chosen = descent
-    _, signs = drawn(configuration, chosen)
+    rows, design, y, start = first(descent)
+    _, signs = drawn(*descent[-2:])
     path = weights_of(design, y, start, np.ones(N))
     hessian, wanted = 2 * design.T @ design / N, []
     for e in signs:
@@ -115,7 +159,7 @@ def test_twins_are_the_derivative_along_random_signs(descent):
 
 
 def test_sums_over_the_steps(descent):
-    rows, design, y, start, *_ = descent
+    rows, design, y, start = first(descent)
     summed, covariance, wanted = 0.0, np.zeros([4, 4]), []
     hessian, before = 2 * design.T @ design / N, None
     for w in weights_of(design, y, start, np.ones(N)):
@@ -128,6 +172,44 @@ def test_sums_over_the_steps(descent):
         covariance = covariance + RATE * (sigma / N - hessian @ covariance)
     found = np.stack([column(rows, "first_order"), column(rows, "curvature")], 1)
     np.testing.assert_allclose(found, wanted, rtol=1e-3, atol=1e-6)
+
+
+def classification():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=[400, 4])
+    y = (x @ rng.normal(size=[4, 3]) + rng.gumbel(size=[400, 3])).argmax(1)
+    return data.from_arrays((x[:200], y[:200]), (x[200:], y[200:]))
+
+
+def three_classes(input_shape, outputs, width):
+    return keras.Sequential([keras.Input(input_shape), keras.layers.Dense(outputs)])
+
+
+def test_influence_in_closed_form(tmp_path):
+    """On logistic regression, against central differences of whole trainings by numpy."""
+    chosen = settings(curvature=True, model="test_gap_experiment:three_classes", learning_rate=0.5)
+    rows, x, y, start, _ = trained(chosen, classification(), tmp_path / "run")
+    x, y = x[:N], y[:N]
+    true = np.eye(3)[y]
+
+    def softmax(w):
+        z = np.exp(x @ w)
+        return z / z.sum(1, keepdims=True)
+
+    def losses_of(factors):
+        w, found = start, []
+        for _ in range(EPOCHS + 1):
+            p = softmax(w)
+            found.append(-np.log(p[np.arange(N), y]))
+            w = w - 0.5 * x.T @ (factors[:, None] * (p - true)) / N
+        return np.array(found)
+
+    wanted = np.zeros(EPOCHS + 1)
+    for n in range(N):
+        up, down = (losses_of(1 + s * 1e-4 * np.eye(N)[n])[:, n] for s in (1, -1))
+        wanted += (down - up) / 2e-4 / N
+    assert wanted[-1] > 0.01
+    np.testing.assert_allclose(column(rows, "influence"), wanted, rtol=1e-3, atol=1e-6)
 
 
 def test_a_configuration_has_streams_of_its_own():
@@ -160,7 +242,8 @@ def records(seeds=3, ratio=1.0):
             row = dict(n=N, p_random=0.0, optimizer="sgd", batch_size=0, seed=seed, epoch=epoch)
             row |= dict(dataset="toy", model="x", train_loss=left, gap=gap_there, gap_se=0.001)
             row |= dict(twins=ratio * gap_there, twins_se=0.001, folds=gap_there, folds_se=0.001)
-            row |= dict(first_order=10 * gap_there, curvature=np.nan)
+            row |= dict(first_order=10 * gap_there, curvature=np.nan, influence=np.nan)
+            row |= dict(test_gap=gap_there, test_gap_se=0.01)
             rows.append(row)
     return rows
 

@@ -14,9 +14,10 @@ PREDICTIONS = {
     "first_order": "sum of (14) over the steps",
     "twins": "twins: examples weighted 1 + eta e, 1 - eta e",
     "folds": "K-fold: models without a K-th of the examples",
+    "influence": "influence: the twins' limit, by the Hessian",
     "curvature": "propagated with the curvature",
 }
-COLOURS = {"first_order": "C3", "twins": "C0", "folds": "C2", "curvature": "C1"}
+COLOURS = {"first_order": "C3", "twins": "C0", "folds": "C2", "influence": "C4", "curvature": "C1"}
 LEFT = (0.9, 0.75, 0.5, 0.25)  # of the training loss at the start
 NEAR = 0.3  # a prediction is right within this, or within the 95% interval
 HALF = 0.5  # of the training loss
@@ -28,7 +29,8 @@ class Curves:
     Attributes:
       name: of the set-up, in words.
       epochs, loss: those measured; the mean training loss, of that at the start.
-      gap, se: of the mean over seeds, with the error that seeds and the test set leave.
+      gap, se: of the mean over seeds, with the error that seeds and training sets leave.
+      test_gap: by the test set.
       predicted: name -> `(mean, standard error)`, of the predictions that there are.
       reach: standard errors of a 95% interval.
     """
@@ -46,6 +48,7 @@ class Curves:
         losses = over_seeds("train_loss")
         self.loss = losses.mean(0) / losses[:, :1].mean(0)
         self.gap, self.se = _mean(over_seeds("gap"), over_seeds("gap_se"))
+        self.test_gap = _mean(over_seeds("test_gap"), over_seeds("test_gap_se"))
         self.predicted = {}
         for field in PREDICTIONS:
             values = over_seeds(field)
@@ -134,8 +137,14 @@ def table(records: list[dict]) -> str:
     header = "".join(f"{left:>7.0%}" for left in LEFT)
     for curves in set_ups(records):
         lines += ["", f"{curves.name:<46}{header}  right until"]
-        gaps = [_number(curves.gap, curves.at(left), ".3f") for left in LEFT]
-        lines.append(f"  {'measured gap':<44}{''.join(gaps)}")
+        for name, values in (
+            ("measured gap", curves.gap),
+            ("  its standard error", curves.se),
+            ("the same by the test set", curves.test_gap[0]),
+            ("  its standard error", curves.test_gap[1]),
+        ):
+            numbers = [_number(values, curves.at(left), ".3f") for left in LEFT]
+            lines.append(f"  {name:<44}{''.join(numbers)}")
         for field in curves.predicted:
             ratios = [
                 f"{curves.ratio(field, i):7.2f}"
@@ -207,6 +216,8 @@ def figure(records: list[dict]) -> plt.Figure:
         after = slice(min(1, len(one.epochs) - 1), None)  # at the start all is zero
         axis.plot(one.epochs[after], one.gap[after], color="0.15", linewidth=2.2, label="measured")
         _band(axis, one.epochs[after], one.gap[after], one.reach * one.se[after], "0.15")
+        by_test_set = {"color": "0.45", "linewidth": 1, "linestyle": "--"}
+        axis.plot(one.epochs[after], one.test_gap[0][after], label="by the test set", **by_test_set)
         for field, (mean, se) in one.predicted.items():
             look = {"color": COLOURS[field], "linewidth": 1.5, "label": PREDICTIONS[field]}
             axis.plot(one.epochs[after], mean[after], **look)

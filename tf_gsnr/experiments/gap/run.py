@@ -1,7 +1,14 @@
 """The generalisation gap as predicted from the training set alone, beside the one measured.
 
-One model is trained; the gap is what its test loss has fallen by less than its training loss.
-Beside it train, from the same weights, on the same batches in the same order, by its optimiser:
+A model is trained on each of M training sets, from the same weights. For each of them every other
+set is unseen data, so that what the gap is expected to be is measured by two sums over the same
+examples, from which their own difficulty drops out:
+
+    gap = mean over the sets, over their examples n, of (others' models' l[n]) - (own model's l[n])
+
+test_gap is the usual one, what the test loss has fallen by less than the training loss: the same
+in expectation, with the noise of which examples are in the sets. Beside the first set's model
+train, from the same weights, on the same batches in the same order, by its optimiser:
 
   folds   K models, each without a K-th of the examples: what the loss of those has fallen by less.
           That gap is one of (K - 1) N / K examples; as it goes as 1/N, (K - 1) / K of it counts.
@@ -16,12 +23,17 @@ Beside it train, from the same weights, on the same batches in the same order, b
           Optimiser, momentum and curvature are in it, as the models are trained.
 
 and, of the model's own gradients, with P the derivative of its step by the gradient,
+lambda the learning rate, Sigma the covariance of the examples' gradients,
 
   first_order   (14) summed over the steps: sum_k sum_j P_j rho_j^2 / N. It supposes that what a
                 step fits of the noise stays.
-  curvature     tr C after  C <- (I - lambda H) C + lambda Sigma / N,  with Sigma the covariance of
-                the examples' gradients and H the Gauss-Newton matrix: later steps undo along sharp
-                directions what earlier ones fitted. For small networks and full-batch descent.
+  curvature     tr C after  C <- (I - lambda H) C + lambda Sigma / N,  H the Gauss-Newton matrix:
+                later steps undo along sharp directions what earlier ones fitted.
+  influence     - (1/N) sum_n g[n] . u[n]  after  u[n] <- (I - lambda H) u[n] - lambda g[n] / N,
+                H the Hessian: u[n] is d w / d (weight of n), so that this is what twins estimate,
+                in closed form.
+
+The last two are for small networks and full-batch descent.
 
 Index letters: n example of N, k step, j parameter.
 """
@@ -38,7 +50,7 @@ import tensorflow as tf
 
 from tf_gsnr import data, models
 from tf_gsnr.experiments.framework.experiment import Diverged
-from tf_gsnr.experiments.gap.settings import MEASUREMENT, STEP, Settings, epochs
+from tf_gsnr.experiments.gap.settings import CURVATURE, MEASUREMENT, STEP, Settings, epochs
 from tf_gsnr.gradients.measure import gradient_moments
 from tf_gsnr.training import probe
 
@@ -48,15 +60,19 @@ MOST_PARAMETERS = 500  # for which H is made
 
 
 def check(settings: Settings, source):
-    """Raises ValueError where the network does not fit, or is too large for `curvature`."""
+    """Raises ValueError where the data are too few, or the network too large for `curvature`."""
+    wanted = settings.training_sets * max(settings.n)
+    if source.pool is not None and wanted > source.pool:
+        raise ValueError(
+            f"--training_sets={settings.training_sets} of n={max(settings.n)} examples: "
+            f"{source.name} has {source.pool} training examples"
+        )
     model = models.build(
         settings.model, source.input_shape, source.outputs, settings.width, settings.seed
     )
-    if settings.curvature and (
-        source.classes is not None or model.count_params() > MOST_PARAMETERS
-    ):
+    if settings.curvature and model.count_params() > MOST_PARAMETERS:
         raise ValueError(
-            f"--curvature=True: expected a regression and at most {MOST_PARAMETERS} parameters, "
+            f"--curvature=True: expected at most {MOST_PARAMETERS} parameters, "
             f"the network has {model.count_params()}"
         )
 
@@ -68,20 +84,27 @@ def run(configuration: dict, settings: Settings, workbench) -> Iterator[dict]:
     trainer = workbench.once(
         (c["optimizer"], c["batch_size"], c["n"]), lambda: _Trainer(c, settings, workbench)
     )
-    x, y, test = _examples(c, settings, workbench.source)
+    n, sets = c["n"], settings.training_sets
+    x, y = _examples(c, settings, workbench.source)  # of the sets, then of the test set
+    own = [slice(m * n, (m + 1) * n) for m in range(sets)]  # of which example n is
+    first = x[own[0]], y[own[0]]
     initial = trainer.build(c["seed"]).get_weights()
     rng = _rng(c, 2)
-    part = rng.permutation(np.arange(c["n"]) % settings.folds)  # of example n
-    signs = rng.choice([-1.0, 1.0], [settings.twins, c["n"]])
+    part = rng.permutation(np.arange(n) % settings.folds)  # of example n
+    signs = rng.choice([-1.0, 1.0], [settings.twins, n])
     text = ", ".join(f"{k}={v}" for k, v in c.items())
 
-    def trained(name, weights, watch=False):
+    def trained(name, weights, examples=first, evaluated=first, watch=False):
         def advance(work):
             workbench.progress.advance(work, f"{text} | {name}")
 
-        return trainer.train(initial, weights, (x, y), test, _rng(c, 3), advance, watch)
+        return trainer.train(initial, weights, examples, evaluated, _rng(c, 3), advance, watch)
 
-    one = trained("the model", np.ones(c["n"]), watch=True)
+    models_of_sets = [
+        trained(f"set {m + 1} of {sets}", np.ones(n), (x[rows], y[rows]), (x, y), watch=m == 0)
+        for m, rows in enumerate(own)
+    ]
+    one = models_of_sets[0]
     folds = [
         trained(f"fold {k + 1} of {settings.folds}", _kept(part != k))
         for k in range(settings.folds)
@@ -91,13 +114,13 @@ def run(configuration: dict, settings: Settings, workbench) -> Iterator[dict]:
         for i, e in enumerate(signs)
     ]
     for i, epoch in enumerate(epochs(settings)):
-        train, tests = one.train[i], one.test[i]
-        gaps = (tests - one.test[0], train - one.train[0])
+        losses = np.array([m.losses[i] for m in models_of_sets])  # [set of the model, example]
+        start = one.losses[0]
         gaps_of_folds = [_gap_of_fold(m, part == k, i) for k, m in enumerate(folds)]
         held = np.array(gaps_of_folds) * (settings.folds - 1) / settings.folds
         twins = np.array(
             [
-                np.mean(e * (b.train[i] - a.train[i])) / (2 * settings.eta)
+                np.mean(e * (b.losses[i] - a.losses[i])) / (2 * settings.eta)
                 for e, (a, b) in zip(signs, pairs)
             ]
         )
@@ -109,15 +132,15 @@ def run(configuration: dict, settings: Settings, workbench) -> Iterator[dict]:
             "epoch": epoch,
             "width": settings.width,
             "learning_rate": trainer.rate,
-            "train_loss": float(train.mean()),
-            "test_loss": float(tests.mean()),
-            "gap": float(gaps[0].mean() - gaps[1].mean()),
-            # Of test set and training set as draws: the expected gap is that of any of them.
-            "gap_se": float(np.sqrt(sum(g.var(ddof=1) / len(g) for g in gaps))),
+            "train_loss": float(np.mean([losses[m, rows].mean() for m, rows in enumerate(own)])),
+            "test_loss": float(losses[:, sets * n :].mean()),
+            **_with_error("gap", _gaps_of_sets(losses, own)),
+            **_gap_to_test_set(losses - start, own),
             **_with_error("folds", held),
             **_with_error("twins", twins),
             "first_order": one.first_order[i],
             "curvature": one.curvature[i],
+            "influence": one.influence[i],
             "seconds": time.monotonic() - begin,
         }
 
@@ -135,9 +158,30 @@ def _kept(kept):
     return np.where(kept, len(kept) / kept.sum(), 0.0)
 
 
+def _gaps_of_sets(losses, own):
+    """`[set]`: by how much the others' models' loss on a set is above its own model's."""
+    gaps = []
+    for m, rows in enumerate(own):
+        of_others = np.delete(losses, m, axis=0)[:, rows].mean()
+        gaps.append(of_others - losses[m, rows].mean())
+    return np.array(gaps)
+
+
+def _gap_to_test_set(change, own):
+    """By how much less the loss has fallen on the test set; its error, as if all were draws."""
+    tests = change[:, own[-1].stop :]
+    trains = [change[m, rows] for m, rows in enumerate(own)]
+    of_sets = [t.var(ddof=1) / len(t) / len(own) ** 2 for t in trains]
+    error = tests.mean(0).var(ddof=1) / tests.shape[1] + sum(of_sets)
+    return {
+        "test_gap": float(tests.mean() - np.mean([t.mean() for t in trains])),
+        "test_gap_se": float(np.sqrt(error)),
+    }
+
+
 def _gap_of_fold(one, held, i):
     """By how much less the loss has fallen on the part held out than on the rest."""
-    change = one.train[i] - one.train[0]
+    change = one.losses[i] - one.losses[0]
     return change[held].mean() - change[~held].mean()
 
 
@@ -148,26 +192,27 @@ def _rng(configuration, stream):
 
 
 def _examples(configuration, settings, source):
-    """Training set and test set; the test labels have the same noise, as they are of one kind."""
+    """The training sets and the test set, one after the other, with labels of the same noise."""
     rng = _rng(configuration, 0)
-    x, y = source.draw(configuration["n"], rng)
+    n, p = configuration["n"], configuration["p_random"]
+    x, y = source.draw(n, rng, beside=n * (settings.training_sets - 1))
     test_x, test_y = source.test(settings.test_size, rng)
-    p = configuration["p_random"]
-    return x, data.randomise(y, p, source, rng), (test_x, data.randomise(test_y, p, source, rng))
+    y = [data.randomise(labels, p, source, rng) for labels in (y, test_y)]
+    return np.concatenate([x, test_x]), np.concatenate(y)
 
 
 class _Trained(NamedTuple):
     """What a training leaves, per measured epoch.
 
     Attributes:
-      train, test: the losses of the examples, `[n]` and `[n']` each.
-      first_order, curvature: of the model that was watched, numbers.
+      losses: of the examples at which it was evaluated, `[examples]` each.
+      first_order, curvature, influence: of the model that was watched, numbers.
     """
 
-    train: list
-    test: list
+    losses: list
     first_order: list
     curvature: list
+    influence: list
 
 
 def optimizer(name: str, settings: Settings) -> keras.optimizers.Optimizer:
@@ -209,32 +254,30 @@ class _Trainer:
             return losses(y, self.model(x, training=False))
 
         @tf.function(autograph=False)
-        def jacobian(x):
-            with tf.GradientTape() as tape:
-                outputs = self.model(x, training=False)[:, 0]
-            rows = tape.jacobian(outputs, self.model.trainable_variables)
-            return outputs, tf.concat([tf.reshape(r, [x.shape[0], -1]) for r in rows], 1)
+        def derivatives(x, y):
+            return _derivatives(self.model, losses, x, y)
 
-        self.step, self.evaluate, self.jacobian = step, evaluate, jacobian
+        self.step, self.evaluate, self.derivatives = step, evaluate, derivatives
 
     def losses(self, x, y):
         """Of the examples, float64."""
         parts = [slice(i, i + MICRO_BATCH) for i in range(0, len(y), MICRO_BATCH)]
         return np.concatenate([self.evaluate(x[p], y[p]).numpy() for p in parts]).astype(np.float64)
 
-    def train(self, initial, weights, examples, test, rng, advance, watch) -> _Trained:
+    def train(self, initial, weights, examples, evaluated, rng, advance, watch) -> _Trained:
         """Trains the network from its initial weights, its examples weighted.
 
         Args:
           initial: weights of the network.
           weights: `[n]`, factors of the examples' losses.
-          examples, test: `(x, y)` each.
+          examples: `(x, y)`, on which it trains.
+          evaluated: `(x, y)`, whose losses are measured.
           rng: of the order of the examples, the same for all models of a configuration.
           advance: told of the work done.
           watch: whether to follow the predictions from gradients.
         """
         x, y = map(tf.constant, examples)
-        test = tuple(map(tf.constant, test))
+        evaluated = tuple(map(tf.constant, evaluated))
         weights = tf.constant(weights, tf.float32)
         self.model.set_weights(initial)
         for variable, value in zip(self.optimizer.variables, self.fresh):
@@ -244,17 +287,16 @@ class _Trainer:
         for epoch in range(self.settings.epochs + 1):
             if epoch:
                 self._epoch(x, y, weights, rng, noise)
-                advance(STEP * len(y))
+                advance((STEP + bool(noise and noise.follow) * CURVATURE) * len(y))
             if epoch % self.settings.every == 0:
-                found.train.append(self.losses(x, y))
-                found.test.append(self.losses(*test))
-                advance(len(y) + len(test[1]))
-                if not np.isfinite(found.train[-1].mean()):
-                    raise Diverged(f"the training loss at epoch {epoch} is not finite")
-                first_order, curvature = noise.sums(epoch) if noise else (np.nan, np.nan)
-                found.first_order.append(first_order)
-                found.curvature.append(curvature)
+                found.losses.append(self.losses(*evaluated))
+                advance(len(evaluated[1]))
+                if not np.isfinite(found.losses[-1].mean()):
+                    raise Diverged(f"the loss at epoch {epoch} is not finite")
                 if noise:
+                    found.first_order.append(noise.sum())
+                    found.curvature.append(noise.curvature())
+                    found.influence.append(noise.influence())
                     advance(MEASUREMENT * min(len(y), self.settings.probe))
         return found
 
@@ -270,6 +312,45 @@ class _Trainer:
             self.step(*batch)
 
 
+def _derivatives(model, losses, x, y):
+    """Of a small network: the examples' gradients, Gauss-Newton matrix and Hessian of their mean.
+
+    Returns:
+      g `[n, j]`, matrix `[j, j]`, Hessian `[j, j]`, over all parameters j.
+    """
+    variables = model.trainable_variables
+
+    def flat(gradients):
+        rows = [tf.reshape(g, [-1, tf.size(v)]) for g, v in zip(gradients, variables)]
+        return tf.concat(rows, 1)
+
+    def of_output(o):  # d f[n,o] / d w[j], [n, j]
+        def of_example(one):
+            with tf.GradientTape() as tape:
+                output = model(one[tf.newaxis], training=False)[0, o]
+            return flat(tape.gradient(output, variables))[0]
+
+        return tf.vectorized_map(of_example, x)
+
+    outputs = model(x, training=False)
+    with tf.GradientTape() as outer:
+        outer.watch(outputs)
+        with tf.GradientTape() as inner:
+            inner.watch(outputs)
+            values = losses(y, outputs)
+        slopes = inner.gradient(values, outputs)  # d l[n] / d f[n,o]
+    bends = outer.batch_jacobian(slopes, outputs)  # d2 l[n] / d f[n,o] d f[n,q]
+    jacobian = tf.stack([of_output(o) for o in range(outputs.shape[1])], 1)
+    n = tf.cast(tf.shape(x)[0], x.dtype)
+    gauss_newton = tf.einsum("noj,noq,nqk->jk", jacobian, bends, jacobian) / n
+    with tf.GradientTape(persistent=True) as outer:
+        with tf.GradientTape() as inner:
+            mean = tf.reduce_mean(losses(y, model(x, training=False)))
+        gradient = flat(inner.gradient(mean, variables))[0]
+    hessian = flat(outer.jacobian(gradient, variables, unconnected_gradients="zero"))
+    return tf.einsum("no,noj->nj", slopes, jacobian), gauss_newton, hessian
+
+
 class _Noise:
     """What is predicted from the gradients of the model while it trains."""
 
@@ -282,25 +363,24 @@ class _Noise:
         if self.follow:
             p = trainer.model.count_params()
             self.covariance = np.zeros([p, p])
+            self.moved = np.zeros([len(examples[1]), p])  # u[n]
 
     def before_step(self):
         self.steps += 1
-        if self.follow:
-            self._propagate()
-
-    def _propagate(self):
-        """C <- (I - lambda H) C + lambda Sigma / N, at the weights before the step."""
-        x, y = self.examples
-        outputs, rows = (np.asarray(v, np.float64) for v in self.trainer.jacobian(x))
-        n = len(y)
-        gradients = 2 * (outputs - y[:, 0])[:, None] * rows  # of (f - y)^2
+        if not self.follow:
+            return
+        gradients, gauss_newton, hessian = self._derivatives()
+        n, rate = len(gradients), self.trainer.rate
         centred = gradients - gradients.mean(0)
-        hessian = 2 * rows.T @ rows / n
         sigma = centred.T @ centred / n
-        self.covariance += self.trainer.rate * (sigma / n - hessian @ self.covariance)
+        self.covariance += rate * (sigma / n - gauss_newton @ self.covariance)
+        self.moved -= rate * (gradients / n + self.moved @ hessian)
 
-    def sums(self, epoch):
-        """`(first_order, curvature)` up to these weights.
+    def _derivatives(self):
+        return [np.asarray(v, np.float64) for v in self.trainer.derivatives(*self.examples)]
+
+    def sum(self) -> float:
+        """(14) summed up to these weights.
 
         The growth by a step is measured here, and between two measurements their mean counts.
         """
@@ -313,5 +393,13 @@ class _Noise:
         if self.growth is not None:
             self.first_order += self.steps * (growth + self.growth) / 2
         self.growth, self.steps = growth, 0
-        curvature = float(np.trace(self.covariance)) if self.follow else float("nan")
-        return float(self.first_order), curvature
+        return float(self.first_order)
+
+    def curvature(self) -> float:
+        return float(np.trace(self.covariance)) if self.follow else float("nan")
+
+    def influence(self) -> float:
+        if not self.follow:
+            return float("nan")
+        gradients = self._derivatives()[0]
+        return float(-np.mean(np.sum(gradients * self.moved, 1)))

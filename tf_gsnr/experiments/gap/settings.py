@@ -20,7 +20,7 @@ from tf_gsnr.experiments.framework.settings import (
 
 GRID = ("n", "p_random", "optimizer", "batch_size", "repeats")
 OPTIMIZERS = ("sgd", "momentum", "adam")
-STEP, MEASUREMENT = 3, 4  # of an example, in forward passes
+STEP, MEASUREMENT, CURVATURE = 3, 4, 100  # of an example, in forward passes
 
 
 class Settings(NamedTuple):
@@ -46,6 +46,15 @@ class Settings(NamedTuple):
     ] = [50]
     epochs: int = 20
     every: int = 1
+    training_sets: Annotated[
+        int,
+        Setting(
+            "M training sets of n examples each, by which the gap is measured: the loss of a "
+            "set's model against that of the others' models, on that set.",
+            at_least(2),
+            most=100,
+        ),
+    ] = 4
     folds: Annotated[
         int,
         Setting(
@@ -61,8 +70,8 @@ class Settings(NamedTuple):
     curvature: Annotated[
         bool,
         Setting(
-            "Propagate the covariance of the weights with the Gauss-Newton matrix, too: regression "
-            "by full-batch sgd, of up to 500 parameters."
+            "Follow the influence of each example by the Hessian, and the covariance of the "
+            "weights by the Gauss-Newton matrix, too: full-batch sgd, up to 500 parameters."
         ),
     ] = False
     probe: Annotated[
@@ -114,14 +123,11 @@ def epochs(settings: Settings) -> list[int]:
     return list(range(0, settings.epochs + 1, settings.every))
 
 
-def models(settings: Settings) -> int:
-    """How many models a configuration trains: the one, its folds, its twins."""
-    return 1 + settings.folds + 2 * settings.twins
-
-
 def work(configuration: dict, settings: Settings) -> float:
     """Forward passes of an example."""
     n, test = configuration["n"], settings.test_size or 10_000
+    sets, others = settings.training_sets, settings.folds + 2 * settings.twins
     measured = settings.epochs // settings.every + 1
-    of_one = STEP * n * settings.epochs + measured * (n + test)
-    return models(settings) * of_one + measured * MEASUREMENT * min(n, settings.probe)
+    evaluated = sets * (sets * n + test) + others * n
+    trained = ((sets + others) * STEP + settings.curvature * CURVATURE) * n * settings.epochs
+    return trained + measured * (evaluated + MEASUREMENT * min(n, settings.probe))
