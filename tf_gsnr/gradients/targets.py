@@ -22,14 +22,8 @@ BinaryCrossentropy BinaryFocalCrossentropy CosineSimilarity Hinge SquaredHinge C
 """.split()
 ALIKE = {getattr(keras.losses, name) for name in _ALIKE}  # that compare entry by entry
 OF_LABELS = {keras.losses.SparseCategoricalCrossentropy}
-# A function by which Keras means one of the classes.
-_CLASSES = {
-    keras.losses.mean_squared_error: keras.losses.MeanSquaredError,
-    keras.losses.mean_absolute_error: keras.losses.MeanAbsoluteError,
-    keras.losses.categorical_crossentropy: keras.losses.CategoricalCrossentropy,
-    keras.losses.binary_crossentropy: keras.losses.BinaryCrossentropy,
-    keras.losses.sparse_categorical_crossentropy: keras.losses.SparseCategoricalCrossentropy,
-}
+# The function by which Keras means one of the classes.
+_FUNCTIONS = {kind: getattr(kind(), "fn", None) for kind in ALIKE | OF_LABELS}
 AS_COMPILED = ("crossentropy", "ce")  # which `compile` takes for the one that fits
 EXPECTED = "a Keras loss, its name, or a callable (y_true, y_pred) -> [batch]"
 
@@ -94,7 +88,9 @@ def _kind(leaf):
         leaf = keras.losses.get(leaf)
     if isinstance(leaf, type):
         return leaf
-    return type(leaf) if isinstance(leaf, keras.losses.Loss) else _CLASSES.get(leaf)
+    if isinstance(leaf, keras.losses.Loss):
+        return type(leaf)
+    return next((kind for kind, function in _FUNCTIONS.items() if function is leaf), None)
 
 
 def check(owner, y, predictions, sample_weight):
