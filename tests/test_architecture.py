@@ -22,6 +22,7 @@ FLOORS = [
     "experiments",
     "report",
     "listing replay",
+    "running",
     "main __main__",
 ]
 

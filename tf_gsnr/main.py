@@ -20,7 +20,6 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Any, NamedTuple
 
 # Convolutions on a CPU are several times faster with oneDNN, which TensorFlow turns on by itself
 # only where the CPU has AVX-512; it must be chosen before TensorFlow is imported.
@@ -28,19 +27,17 @@ os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("MPLBACKEND", "Agg")  # figures go into files
 
-import numpy as np  # noqa: E402
 from absl import app, flags, logging  # noqa: E402
 
 from tf_gsnr import (  # noqa: E402
     checks,
     ending,
-    environment,
     experiments,
     listing,
-    plots,
     progress,
     records,
     replay,
+    running,
 )
 from tf_gsnr.experiments.framework.settings import fields  # noqa: E402
 
@@ -264,259 +261,23 @@ def _given(settings) -> dict:
     return values
 
 
-def _shard():
-    """Which configurations to run, and what the run directory's name says of it."""
-    if FLAGS.shard is None:
-        return slice(None), ""
-    try:
-        i, k = map(int, FLAGS.shard.split("/"))
-    except ValueError:
-        i, k = 0, 0
-    if not 0 <= i < k:
-        raise ValueError(f"--shard={FLAGS.shard}: expected i/k with 0 <= i < k, such as 0/4")
-    return slice(i, None, k), f"-{i}of{k}"
-
-
-def _strategy(experiment):
-    """The strategy of the flag, or None."""
-    from tf_gsnr.descent import devices
-
-    if FLAGS.strategy == "none" or FLAGS.dry_run:  # which waits for no other process
-        return None
-    if FLAGS.replicas is not None:
-        raise ValueError(
-            f"--replicas={FLAGS.replicas} with --strategy={FLAGS.strategy}: there, models train "
-            "one after the other, each on all devices; leave one of the two flags out"
-        )
-    return devices.strategy(FLAGS.strategy, getattr(experiment, "STRATEGIES", ()))
-
-
-def _environment(engine, jit_compile):
-    return {
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
-        "flags": {f.name: f.value for f in FLAGS.get_key_flags_for_module(sys.modules[__name__])},
-        **environment.found(),
-        "engine": engine,
-        "jit_compile": jit_compile,
-    }
-
-
-def _name(dataset):
-    default = f"{FLAGS.experiment}_{dataset}".replace(":", ".").replace("/", "-")
-    name = default if FLAGS.name is None else FLAGS.name
-    bad = not name.strip() or not name.isprintable() or len(name.encode()) > 200 or name[0] == "-"
-    if bad or name in (".", "..") or Path(name).name != name:
-        checks.refuse("--name", name, "the name of a directory inside --runs_dir")
-    return name
-
-
-class Plan(NamedTuple):
-    """A run that was found to be right, before anything of it is written.
-
-    Attributes:
-      experiment: a `framework.experiment.Experiment`.
-      settings: its settings.
-      configurations: all that they ask for.
-      chosen: those of this shard.
-      source: the opened data set.
-      path: the run directory.
-      how: of the `Workbench`.
-      worker: the number of this process, of several.
-    """
-
-    experiment: Any
-    settings: Any
-    configurations: list
-    chosen: list
-    source: Any
-    path: Path
-    how: dict
-    worker: int
-
-    def left(self) -> list:
-        """The configurations that have not all of their records yet."""
-        written = records.read_records(self.path)
-        epochs = set(self.experiment.epochs(self.settings))
-        return [c for c in self.chosen if not epochs <= records.measured_epochs(c, written)]
-
-
-def plan(argv) -> Plan:
-    """What the flags describe, checked.
-
-    Raises:
-      ValueError: something of it cannot be; the message names the flag.
-    """
-    if len(argv) > 1:
-        raise ValueError(f"unexpected arguments {argv[1:]}: every option is a --flag=value")
-    import keras
-
-    from tf_gsnr import data  # imports TensorFlow
-    from tf_gsnr.descent import devices
-    from tf_gsnr.gradients import engines
-
-    experiment = experiments.load(FLAGS.experiment)
-    _quieten_tensorflow()
-    settings = experiment.settings(**_given(experiment.Settings))
-    if FLAGS.deterministic:
-        _only_deterministic_operations(settings)
-    strategy = _strategy(experiment)  # before anything else of TensorFlow runs
-    engines.check_name(FLAGS.engine)
-    jit: Any = {"auto": "auto", "true": True, "false": False}[FLAGS.jit_compile]
-    configurations = experiment.configurations(settings)
-    part, suffix = _shard()
-    worker = devices.worker(strategy)
-    suffix += f"-worker{worker}" if worker else ""
-    if not configurations[part]:
-        raise ValueError(f"--shard={FLAGS.shard}: there are {len(configurations)} configurations")
-    source = data.load(settings.dataset, FLAGS.data_dir, not FLAGS.dry_run, **_of_toy(settings))
-    _check_size(settings, source)
-    check = getattr(experiment, "check", None)
-    if check is not None:
-        check(settings, source)
-        keras.utils.clear_session()  # which counts layers without a name from 0 again
-    return Plan(
-        experiment,
-        settings,
-        configurations,
-        configurations[part],
-        source,
-        checks.directory("--runs_dir", FLAGS.runs_dir) / (_name(settings.dataset) + suffix),
-        dict(
-            engine=FLAGS.engine,
-            jit_compile=engines.resolve_jit_compile(jit),
-            replicas=FLAGS.replicas,
-            strategy=strategy,
-        ),
-        worker,
+def wanted() -> running.Wanted:
+    """What the flags say."""
+    named: dict = {name: FLAGS[name].value for name in running.Wanted._fields if name in FLAGS}
+    jit: dict = {"auto": "auto", "true": True, "false": False}
+    own = FLAGS.get_key_flags_for_module(sys.modules[__name__])
+    more: dict = dict(
+        given=_given(experiments.load(FLAGS.experiment).Settings),
+        command=[Path(sys.argv[0]).name, *sys.argv[1:]],
+        flags={flag.name: flag.value for flag in own},
+        jit_compile=jit[FLAGS.jit_compile],
     )
+    return running.Wanted(**named | more)
 
 
-def _of_toy(settings) -> dict:
-    names = {"input_scale": "toy_input_scale", "noise_scale": "toy_noise_scale"}
-    return {k: getattr(settings, v) for k, v in names.items() if hasattr(settings, v)}
-
-
-def _check_size(settings, source):
-    sizes = getattr(settings, "n", None) or 0
-    largest = max(sizes) if isinstance(sizes, list) else sizes
-    unseen = bool(getattr(settings, "unseen", False))
-    if source.pool is not None and largest * (1 + unseen) > source.pool:
-        more = " (and as many others, for --unseen)" if unseen else ""
-        raise ValueError(f"--n={largest}{more}: {source.name} has {source.pool} training examples")
-    test_size = getattr(settings, "test_size", None)
-    if source.pool is not None and test_size is not None:
-        source.test(test_size, np.random.default_rng(0))  # raises where there are fewer
-
-
-def run(argv):
+def run():
     """Runs the experiment that the flags describe and returns its run directory."""
-    return _go(plan(argv))
-
-
-def _go(planned: Plan):
-    from tf_gsnr.experiments.framework import runner
-    from tf_gsnr.experiments.framework.experiment import Diverged
-
-    experiment, settings, how = planned.experiment, planned.settings, planned.how
-    directory = records.RunDirectory(
-        planned.path,
-        settings._asdict() | {"experiment": FLAGS.experiment},
-        grown=experiment.GRID,
-        overwrite=FLAGS.overwrite,
-    )
-    about = _environment(how["engine"], how["jit_compile"]) | {"worker": planned.worker}
-    directory.write_config(about)
-    directory.write_plan(planned.configurations, experiment.epochs(settings), experiment.GRID)
-    grid = {"configurations": planned.configurations}
-    records.check_grid(directory.path, directory.records(), grid)
-    progress.say(_headline(planned))
-    how = how | {"skip_diverging": FLAGS.on_divergence == "skip"}
-    try:
-        runner.go_through(experiment, settings, planned.chosen, planned.source, directory, **how)
-    except Diverged:
-        raise
-    except ValueError:  # refused: a network that no engine fits, say
-        directory.take_back()
-        raise
-    return _finish(experiment, directory)
-
-
-def _headline(planned) -> str:
-    how, strategy = planned.how, planned.how["strategy"]
-    return (
-        f"{FLAGS.experiment} on {planned.settings.dataset}: {len(planned.chosen)} configurations "
-        f"into {planned.path}; engine {how['engine']}, XLA {'on' if how['jit_compile'] else 'off'}"
-        + (f", {FLAGS.strategy} devices: {strategy.num_replicas_in_sync}" if strategy else "")
-    )
-
-
-def _tell(planned: Plan):
-    """What the run would be and take; nothing is written."""
-    from tf_gsnr.experiments.framework import trial
-
-    left = planned.left()
-    print(_headline(planned))
-    grid = {name: getattr(planned.settings, name) for name in planned.experiment.GRID}
-    for name, values in grid.items():
-        print(f"  {name}: {', '.join(map(str, values)) if isinstance(values, list) else values}")
-    epochs = planned.experiment.epochs(planned.settings)
-    print(f"  measured at {len(epochs)} epochs of each, up to {max(epochs)}")
-    print(f"  {len(planned.chosen) - len(left)} configurations are complete, {len(left)} are left")
-    if not left:
-        return
-    if FLAGS.strategy != "none":
-        print(f"  on one device; --strategy={FLAGS.strategy} shares the work out")
-    print("a few seconds of the largest one:")
-    told = trial.estimate(planned.experiment, planned.settings, left, planned.source, **planned.how)
-    print(f"  {', '.join(f'{k}={v}' for k, v in told.configuration.items())}")
-    print(
-        f"  about {progress.clock(told.seconds)} for what is left, by its pace, and up to "
-        f"{progress.clock(told.start)} for each network to be built and traced"
-    )
-    if told.peak is not None:
-        print(f"  {told.peak / 2**30:.1f} GiB of memory at the peak of the trial, all included")
-    print("nothing was written (--dry_run)")
-
-
-def _quieten_tensorflow():
-    """Drops its warning of frequent tracing, which takes all networks' functions for one."""
-    import tensorflow as tf
-
-    tf.get_logger().addFilter(
-        lambda record: "triggered tf.function retracing" not in record.getMessage()
-    )
-
-
-def _only_deterministic_operations(settings):
-    import keras
-    import tensorflow as tf
-
-    keras.utils.set_random_seed(getattr(settings, "seed", 0))  # none may draw without a seed
-    tf.config.experimental.enable_op_determinism()
-
-
-def _finish(experiment, directory):
-    """Summary, table and figure of all records of the run."""
-    diverged = records.read_diverged(directory.path)
-    all_records = records.without(diverged, directory.records())
-    note = f"{len(diverged)} configurations diverged and are not shown" if diverged else ""
-    summary = experiment.summary(all_records) if all_records else {}
-    about = {"experiment": FLAGS.experiment, **({"diverged": diverged} if diverged else {})}
-    directory.write_json("summary.json", about | summary)
-    if not all_records:
-        print(f"no records: {note}")
-        return directory
-    file = directory.path / "figures" / f"{FLAGS.experiment}.png"
-    figure = plots.draw(experiment, all_records, file, note)
-    print(experiment.table(all_records))
-    for one in diverged:
-        print(f"diverged: {one['why']}")
-    print(f"\nrecords: {directory.path / 'records.jsonl'}\nfigure:  {figure}")
-    if FLAGS.replay:
-        found = replay.differences(FLAGS.replay, directory.path)
-        directory.write_json("replay.json", found)
-        print(replay.text(found))
-    return directory
+    return running.go(running.plan(wanted()))
 
 
 def main(argv):
@@ -537,12 +298,14 @@ def main(argv):
 
 def _do(argv):
     try:
-        planned = plan(argv)
+        if len(argv) > 1:
+            raise ValueError(f"unexpected arguments {argv[1:]}: every option is a --flag=value")
+        planned = running.plan(wanted())
     except ValueError as error:
         logging.debug("", exc_info=True)
         progress.stop(f"error: {error}", USAGE)
     try:
-        directory = (_tell if FLAGS.dry_run else _go)(planned)
+        directory = (running.tell if FLAGS.dry_run else running.go)(planned)
     except ValueError as error:
         logging.debug("", exc_info=True)
         progress.stop(f"error: {error}")
