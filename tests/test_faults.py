@@ -1,5 +1,6 @@
 """Faults, damage, and two at once: what a run survives, and what it says."""
 
+import io
 import json
 import signal
 import subprocess
@@ -8,7 +9,7 @@ import time
 
 import pytest
 
-from tf_gsnr import records
+from tf_gsnr import ending, progress, records
 from tf_gsnr.records import RunDirectory
 from tf_gsnr.report import __main__ as report
 from tf_gsnr.report import runs
@@ -154,3 +155,17 @@ def test_signals_end_as_ctrl_c_does(tmp_path, by):
     assert process.returncode == 1 and "the same command goes on from here" in told
     assert "Traceback" not in told
     assert records.read_config(tmp_path / "x")["seconds"] > 0
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_signal_that_python_drops_is_heeded():
+    class Finalised:
+        def __del__(self):
+            signal.raise_signal(signal.SIGTERM)
+
+    bar = progress.Progress(1.0, io.StringIO())
+    with pytest.raises(KeyboardInterrupt), ending.signals():
+        one = Finalised()
+        del one  # what its finaliser raises is dropped
+        bar.advance(0.1, "it goes on")
+    bar.advance(0.1, "and after that as ever")

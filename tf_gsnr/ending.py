@@ -28,6 +28,18 @@ def fault(error: OSError, flags: dict) -> str:
     )
 
 
+_HEARD: list[int] = []  # signals that have asked the program to end
+
+
+def heed():
+    """Raises the KeyboardInterrupt of a signal that was asked for and got lost.
+
+    Python drops what is raised while it collects garbage or calls a finaliser, and says so at most.
+    """
+    if _HEARD:
+        raise KeyboardInterrupt
+
+
 @contextlib.contextmanager
 def signals(wanted: bool = True):
     """SIGTERM and SIGHUP end the program as Ctrl-C does; a second one ends it at once.
@@ -36,13 +48,13 @@ def signals(wanted: bool = True):
       wanted: False leaves signals as they are.
     """
     names = [n for n in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, n)]
-    before, heard = {}, []
+    before: dict = {}
 
     def stop(number, frame):
-        if heard:
+        if _HEARD:
             os.write(2, b"\nstopped at once\n")
             os._exit(1)
-        heard.append(number)
+        _HEARD.append(number)
         raise KeyboardInterrupt
 
     if wanted and threading.current_thread() is threading.main_thread():
@@ -50,5 +62,6 @@ def signals(wanted: bool = True):
     try:
         yield
     finally:
+        _HEARD.clear()
         for name, handler in before.items():
             signal.signal(getattr(signal, name), handler)

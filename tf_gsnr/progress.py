@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 import time
 
+from tf_gsnr import ending
+
 
 class Progress:
     """Counts work done of work planned.
@@ -38,7 +40,11 @@ class Progress:
 
         Now and then, and as soon as the time left can be estimated: from the second piece of work
         on, since the first comes with all that is traced and compiled.
+
+        Raises:
+          KeyboardInterrupt: a signal has asked the program to end.
         """
+        ending.heed()
         self.done += work
         now = time.monotonic()
         worked = self.done - self.skipped
