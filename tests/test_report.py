@@ -42,7 +42,7 @@ def run(*arguments):
     """The command line of the experiments, in this process."""
     with flagsaver.flagsaver():
         tf_gsnr.main.parse_flags(["main.py", *arguments])
-        return tf_gsnr.main.run()
+        return tf_gsnr.main.run(["main.py"])
 
 
 @pytest.fixture(scope="module")

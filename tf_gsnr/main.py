@@ -275,9 +275,16 @@ def wanted() -> running.Wanted:
     return running.Wanted(**named | more)
 
 
-def run():
+def plan(argv) -> running.Plan:
+    """What the flags describe, checked; errors as of `running.plan`."""
+    if len(argv) > 1:
+        raise ValueError(f"unexpected arguments {argv[1:]}: every option is a --flag=value")
+    return running.plan(wanted())
+
+
+def run(argv):
     """Runs the experiment that the flags describe and returns its run directory."""
-    return running.go(running.plan(wanted()))
+    return running.go(plan(argv))
 
 
 def main(argv):
@@ -298,9 +305,7 @@ def main(argv):
 
 def _do(argv):
     try:
-        if len(argv) > 1:
-            raise ValueError(f"unexpected arguments {argv[1:]}: every option is a --flag=value")
-        planned = running.plan(wanted())
+        planned = plan(argv)
     except ValueError as error:
         logging.debug("", exc_info=True)
         progress.stop(f"error: {error}", USAGE)

@@ -43,7 +43,7 @@ def test_the_page_runs_from_top_to_bottom(place, monkeypatch):
         monkeypatch.setattr(sys, "argv", ["main.py", *arguments])
         with flagsaver.flagsaver():
             tf_gsnr.main.parse_flags(sys.argv)
-            tf_gsnr.main.run()
+            tf_gsnr.main.run(["main.py"])
     bars = records.read_records(place / "runs" / "bars")
     assert {r["n"] for r in bars} == {20, 50, 100, 200} and len(bars) == 16
     for epoch in (0, 5):
