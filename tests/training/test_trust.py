@@ -90,6 +90,31 @@ def test_examples_that_act_on_each_other(make, loss, name, caplog):
         plain.fit(X, Y, verbose=0, callbacks=[tf_gsnr.GSNRCallback(X, Y)])
 
 
+class DividedByLargest(L.Layer):
+    def call(self, x):
+        return x / keras.ops.max(keras.ops.abs(x))
+
+
+def scaled(where):
+    layers = [DividedByLargest(name="scaled"), L.Dense(4, name="hidden")][:: 1 if where else -1]
+    return keras.Sequential([keras.Input([6]), *layers, L.Dense(2)])
+
+
+@pytest.mark.parametrize("largest", [0, 1, 30, 31])
+def test_one_example_that_acts_on_all_others(largest, caplog):
+    """Whichever it is; none of the others acts on it, or on any."""
+    x = np.clip(X[:32], -1, 1)
+    x[largest] = 5
+    for first in (True, False):  # on the data, or on what a layer makes of them
+        with pytest.raises(ValueError, match="act on each other"):
+            tf_gsnr.gradient_moments(scaled(first), x, Y[:32], "mse")
+    with caplog.at_level("WARNING"):
+        model = tf_gsnr.GSNRModel(scaled(False))
+        model.compile("sgd", "mse")
+        model.fit(x, Y[:32], 32, shuffle=False, verbose=0)
+    assert any("'scaled'" in r.getMessage() for r in caplog.records)
+
+
 def test_a_callback_that_is_refused_has_not_trained():
     model = centred()
     model.compile("sgd", "mse")

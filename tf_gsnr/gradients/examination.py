@@ -92,9 +92,7 @@ def examine(model, loss, batch, seeds, modes, *, training, contributions) -> Exa
         mixing = independence.mixing_layer(layers, seen) if seen else None
         scrambled = None
         if n > 1 and not (training and network.seeds(model)) and _sizes_vary(model):
-            _assign_seeds(model, seeds)
-            few = model(examples.rows(x, slice(0, n // 2)), training=training)
-            if _same(few, predictions):
+            if _alike_without_others(model, x, predictions, n, seeds, training):
                 scrambled_layers = [
                     layer
                     for layer, one in zip(layers, seen)
@@ -121,13 +119,32 @@ def _sizes_vary(model) -> bool:
     return network.fixed_batch_size(model) is None
 
 
-def _same(few, predictions) -> bool:
-    """Whether the outputs of the first examples alone are those within the batch."""
-    for a, b in zip(independence.real(few), independence.real(predictions)):
+def _alike_without_others(model, x, predictions, n, seeds, training) -> bool:
+    """Whether the outputs of each half of the examples are the same without the other half.
+
+    Of both: what one example does to all others (the largest of a batch, that all are divided by)
+    shows in the half that is without it. The first half is alone; beside the second half there are
+    copies of its own, since noise of a fixed seed goes by an example's place.
+    """
+    half = n // 2
+    for given, rows in (
+        (slice(0, half), slice(0, half)),
+        (np.concatenate([np.arange(n - half, n), np.arange(half, n)]), slice(half, n)),
+    ):
+        _assign_seeds(model, seeds)
+        outputs = independence.real(model(examples.rows(x, given), training=training))
+        if not _same(outputs, independence.real(predictions), rows, n):
+            return False
+    return True
+
+
+def _same(outputs, whole, rows, n) -> bool:
+    for a, b in zip(outputs, whole):
         if not a.shape.rank or not b.shape.rank:
             return False
-        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)[: a.shape[0]]
-        loose = 0.1 if independence.real(few)[0].dtype.size == 2 else 1e-3
+        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)[rows]
+        a = a[rows] if len(a) == n else a
+        loose = 0.1 if outputs[0].dtype.size == 2 else 1e-3
         size = np.nanmax(np.abs(b), initial=0)
         if a.shape != b.shape or not np.allclose(a, b, loose, loose * size, equal_nan=True):
             return False

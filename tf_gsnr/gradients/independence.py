@@ -23,10 +23,27 @@ def part_of(n: int):
 
 
 class Seen(NamedTuple):
-    """Mean squares of the gradient of S's outputs at the rows of S, and at all other rows."""
+    """Mean squares of the gradient of a part's outputs at the rows of that part, and at the others.
+
+    Of both parts, S and the rest, added: an example that acts on all others, while none acts on it,
+    shows in the part that it is not in.
+    """
 
     own: tf.Tensor
     foreign: tf.Tensor
+
+
+def _seen(gradient, chosen, n) -> Seen:
+    squares = tf.square(tf.cast(tf.convert_to_tensor(gradient), tf.float64))
+    squares = tf.reduce_mean(tf.reshape(squares, [n, -1]), 1)
+    parts = (tf.reduce_mean(tf.boolean_mask(squares, part)) for part in (chosen, ~chosen))
+    return Seen(*(tf.cast(mean, tf.float32) for mean in parts))
+
+
+def _added(seen) -> Seen | None:
+    """Of the parts that something depends on; None without any."""
+    there = [s for s in seen if s is not None]
+    return Seen(*(tf.add_n(v) for v in zip(*there))) if there else None
 
 
 def rows_seen(tape, predictions, tensors, n: int) -> list:
@@ -41,30 +58,27 @@ def rows_seen(tape, predictions, tensors, n: int) -> list:
     Returns:
       Per tensor `Seen`, or None where the outputs do not depend on it or it has no such rows.
     """
+    parts = []
+    for chosen in _both(n):
+        with tape:
+            total = [tf.zeros([], tf.float64)]
+            for k, output in enumerate(real(predictions)):
+                if output.shape.rank and output.shape[0] == n:
+                    factors = tf.random.stateless_normal(tf.shape(output), [k, 7])
+                    terms = tf.boolean_mask(output * tf.cast(factors, output.dtype), chosen)
+                    total.append(tf.cast(tf.reduce_sum(terms), tf.float64))
+            target = tf.add_n(total)
+        seen: list[Seen | None] = []
+        for gradient in tape.gradient(target, tensors):
+            rows = None if gradient is None or not gradient.shape.rank else gradient.shape[0]
+            seen.append(_seen(gradient, chosen, n) if rows and rows % n == 0 else None)
+        parts.append(seen)
+    return [_added(both) for both in zip(*parts)]
+
+
+def _both(n: int):
     chosen = part_of(n)
-    with tape:
-        total = [tf.zeros([], tf.float64)]
-        for k, output in enumerate(real(predictions)):
-            if output.shape.rank and output.shape[0] == n:
-                factors = tf.random.stateless_normal(tf.shape(output), [k, 7])
-                terms = tf.boolean_mask(output * tf.cast(factors, output.dtype), chosen)
-                total.append(tf.cast(tf.reduce_sum(terms), tf.float64))
-        target = tf.add_n(total)
-    seen: list[Seen | None] = []
-    for gradient in tape.gradient(target, tensors):
-        rows = None if gradient is None or not gradient.shape.rank else gradient.shape[0]
-        if not rows or rows % n:
-            seen.append(None)
-            continue
-        squares = tf.square(tf.cast(tf.convert_to_tensor(gradient), tf.float32))
-        squares = tf.reduce_mean(tf.reshape(squares, [n, -1]), 1)
-        seen.append(
-            Seen(
-                tf.reduce_mean(tf.boolean_mask(squares, chosen)),
-                tf.reduce_mean(tf.boolean_mask(squares, ~chosen)),
-            )
-        )
-    return seen
+    return chosen, ~chosen
 
 
 def mixing_layer(layers, seen):
@@ -100,25 +114,21 @@ def loss_coupling(tape, loss, predictions, n: int):
       loss: scalar.
     """
     outputs = [p for p in real(predictions) if p.shape.rank and p.shape[0] == n]
-    chosen = part_of(n)
+    parts: list[Seen | None] = []
     with _meant(), tape:
-        total = [tf.zeros([], tf.float64)]
-        for k, gradient in enumerate(tape.gradient(loss, outputs)):
-            if gradient is not None:
-                factors = tf.random.stateless_normal(tf.shape(gradient), [k, 11])
-                terms = tf.boolean_mask(gradient * tf.cast(factors, gradient.dtype), chosen)
-                total.append(tf.cast(tf.reduce_sum(terms), tf.float64))
-        target = tf.add_n(total)
-    of_chosen, foreign = [], []
-    for gradient in tape.gradient(target, outputs):
-        if gradient is not None:
-            squares = tf.square(tf.cast(tf.convert_to_tensor(gradient), tf.float64))
-            squares = tf.reduce_mean(tf.reshape(squares, [n, -1]), 1)
-            of_chosen.append(tf.reduce_mean(tf.boolean_mask(squares, chosen)))
-            foreign.append(tf.reduce_mean(tf.boolean_mask(squares, ~chosen)))
-    if not of_chosen:
-        return None
-    return Seen(*(tf.cast(tf.add_n(v), tf.float32) for v in (of_chosen, foreign)))
+        slopes = tape.gradient(loss, outputs)
+    for chosen in _both(n):
+        with _meant(), tape:
+            total = [tf.zeros([], tf.float64)]
+            for k, gradient in enumerate(slopes):
+                if gradient is not None:
+                    factors = tf.random.stateless_normal(tf.shape(gradient), [k, 11])
+                    terms = tf.boolean_mask(gradient * tf.cast(factors, gradient.dtype), chosen)
+                    total.append(tf.cast(tf.reduce_sum(terms), tf.float64))
+            target = tf.add_n(total)
+        bends = tape.gradient(target, outputs)
+        parts += [_seen(gradient, chosen, n) for gradient in bends if gradient is not None]
+    return _added(parts)
 
 
 @contextlib.contextmanager
