@@ -10,5 +10,6 @@ from situations import (  # noqa: F401  (each adds its own to the table)
     running,
     structure,
     subclasses,
+    uneven,
 )
 from situations.parts import SITUATIONS, Situation  # noqa: F401

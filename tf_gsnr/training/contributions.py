@@ -35,7 +35,7 @@ def measured(model, plan, meter, calls, ordinary, n, factor, alone):
     variables, sample = model.trainable_variables, meter.sample
     scales = layerwise.unit_scales(calls) if sample.exact else None
     errors = {}
-    forms = layerwise.forms_of(calls, plan.folds, scales, errors)
+    forms = layerwise.forms_of(calls, plan.folds, scales, errors, plan.uneven)
     plan.reasons |= {key: " ".join(str(error).split()) for key, error in errors.items()}
     used, left_out = [], []
     plan.missed = []

@@ -38,6 +38,7 @@ class Plan:
     whole: list
     unmeasured: dict = dataclasses.field(default_factory=dict)
     folds: dict = dataclasses.field(default_factory=dict)
+    uneven: set = dataclasses.field(default_factory=set)
     layers: list = dataclasses.field(default_factory=list)
     folded: list = dataclasses.field(default_factory=list)
     reasons: dict = dataclasses.field(default_factory=dict)

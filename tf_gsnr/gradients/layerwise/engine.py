@@ -235,7 +235,7 @@ def _power(size):
     return tf.where(small, tf.pow(2.0, tf.minimum(exponent, 96.0)), 1.0)
 
 
-def forms_of(calls, folds=None, scales=None, reasons=None) -> dict:
+def forms_of(calls, folds=None, scales=None, reasons=None, uneven=None) -> dict:
     """`id(variable) -> form` of all calls together.
 
     Args:
@@ -245,6 +245,7 @@ def forms_of(calls, folds=None, scales=None, reasons=None) -> dict:
       scales: `id(variable) -> ` by which the gradients at its layer's outputs are multiplied.
       reasons: a dict for `id(variable) -> ` the exception for which it has no form, or not the
         form of all calls; where that is not to be raised.
+      uneven: a set of `(id(layer), k)`, to which the calls are added whose rows depend on the data.
 
     Raises:
       conservation.NotConserved: without `reasons`, where a layer's rows are not the examples'.
@@ -256,8 +257,15 @@ def forms_of(calls, folds=None, scales=None, reasons=None) -> dict:
             continue
         scale = None if scales is None else scales.get(id(call.unit.variables[0]))
         try:
-            call.fold = _fold(call, (folds or {}).get((id(call.layer), k)))
-            scaled = call if scale is None else _times(call, scale)
+            key, even = (id(call.layer), k), call
+            fold = (folds or {}).get(key)
+            if _is_uneven(call):
+                uneven = set() if uneven is None else uneven
+                uneven.add(key)
+            if uneven and key in uneven:
+                even, fold = _with_rows_of_examples(call, fold)
+            call.fold = even.fold = _fold(even, fold)
+            scaled = even if scale is None else _times(even, scale)
             for variable, form in _answer(scaled):
                 by_variable.setdefault(id(variable), []).append(form)
             call.route = scaled.route
@@ -266,6 +274,40 @@ def forms_of(calls, folds=None, scales=None, reasons=None) -> dict:
                 raise
             reasons |= {id(v): error for v in call.unit.variables}
     return {key: forms.add(parts) for key, parts in by_variable.items()}
+
+
+def _is_uneven(call):
+    """Whether the examples are known when this is traced, and the rows of the call are not."""
+    return isinstance(call.n, int) and any(
+        z.shape.rank and z.shape[0] is None for z in tf.nest.flatten(call.output) if tf.is_tensor(z)
+    )
+
+
+def _with_rows_of_examples(call, fold):
+    """The call, with zeros in place of rows that are not those of the examples; its rows of one.
+
+    Of a layer that is called with the rows that were sent to it, say. Its gradients then do not add
+    up to the ordinary one, so that they are not believed; but nothing fails.
+    """
+    tensors = [v for v in tf.nest.flatten((call.args, call.kwargs)) if tf.is_tensor(v)]
+    if fold is None and isinstance(call.n, int):  # of what it is called with, where that is known
+        rows = [v.shape[0] for v in tensors if v.shape.rank and v.shape[0]]
+        fold = rows[0] // call.n if rows and rows[0] % call.n == 0 else None
+
+    def even(value):
+        if not tf.is_tensor(value) or not value.shape.rank or value.shape[0] is not None:
+            return value
+        shape = tf.shape(value)
+        n = tf.cast(call.n, shape.dtype)
+        rows = n * (fold or 1)
+        zeros = tf.zeros(tf.concat([[rows], shape[1:]], 0), value.dtype)
+        fits = tf.equal(shape[0], rows) if fold else (shape[0] > 0) & (shape[0] % n == 0)
+        known = isinstance(call.n, int) and fold
+        as_is = [call.n * fold if known else None, *value.shape[1:]]
+        return tf.ensure_shape(tf.cond(fits, lambda: value, lambda: zeros), as_is)
+
+    parts = tf.nest.map_structure(even, (call.args, call.kwargs, call.output, call.dz))
+    return dataclasses.replace(call, **dict(zip(("args", "kwargs", "output", "dz"), parts))), fold
 
 
 def _times(call, scale):

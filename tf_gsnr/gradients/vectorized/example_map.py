@@ -49,8 +49,11 @@ def vectorised(one: Callable, elements: Any, name: str) -> Any:
         graph = tf.compat.v1.get_default_graph()
         before = len(graph.get_operations())
         result = one(element)
-        if any(op.type in _LOOPS for op in graph.get_operations()[before:]):
-            raise NotImplementedError("it has a loop of its own")
+        for op in graph.get_operations()[before:]:
+            if op.type in _LOOPS:
+                raise NotImplementedError("it has a loop of its own")
+            if _is_uneven(op):
+                raise NotImplementedError(f"the size of what {op.name} returns depends on the data")
         return result
 
     with converters.vectorised_ops():
@@ -69,6 +72,24 @@ def vectorised(one: Callable, elements: Any, name: str) -> Any:
 
 # `tf.vectorized_map` takes minutes over them, and what it makes of some fails when it is run.
 _LOOPS = ("While", "StatelessWhile")
+# Operations whose results have sizes of their own for each example (`tf.boolean_mask`, `tf.repeat`
+# and ragged tensors come down to some of these): what it makes of them fails when it is run.
+_UNEVEN = tuple(
+    "Where DynamicPartition Unique ListDiff Ragged StringSplit Segment SparseSegment "
+    "NonMaxSuppression".split()
+)
+
+
+def _is_uneven(op) -> bool:
+    """Whether the size of what it returns depends on more than the sizes of what it is given."""
+    if op.type.startswith(_UNEVEN):
+        return True
+    sizes_known = all(v.shape.is_fully_defined() for v in op.inputs)
+    return (
+        bool(op.inputs)
+        and sizes_known
+        and not all(v.shape.is_fully_defined() for v in op.outputs if v.dtype.is_numpy_compatible)
+    )
 
 
 def one_by_one(one: Callable, elements: Any) -> Any:
