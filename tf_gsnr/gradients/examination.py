@@ -17,9 +17,10 @@ from tf_gsnr.gradients.layerwise import capture
 
 
 def kept_variables(model, loss=None):
-    """Afterwards every `tf.Variable` that layers and losses keep beside Keras's is as before.
+    """Afterwards all that layers and losses keep beside the model's variables is as before.
 
-    Of a loss that is a function, those that it closes over.
+    Metrics of a layer, the states of a recurrent one, a `tf.Variable` in a layer; of a loss that is
+    a function, what it closes over.
     """
     given = getattr(model, "loss", None) if loss is None else loss
     losses_given = [given] if callable(given) else keras.tree.flatten(given)
@@ -28,7 +29,12 @@ def kept_variables(model, loss=None):
         values += getattr(owner, "__dict__", {}).values()
         function = getattr(owner, "fn", owner)  # of Keras's wrapper
         values += [cell.cell_contents for cell in getattr(function, "__closure__", None) or ()]
-    return _restored(value for value in values if isinstance(value, tf.Variable))
+    values += [v for several in values if isinstance(several, (list, tuple)) for v in several]
+    metrics = [v for v in values if isinstance(v, keras.metrics.Metric)]
+    values += [v for metric in metrics for v in metric.variables]
+    own = {id(v.value) for v in model.variables}
+    values = [v.value if isinstance(v, keras.Variable) else v for v in values]
+    return _restored(v for v in values if isinstance(v, tf.Variable) and id(v) not in own)
 
 
 @contextlib.contextmanager
@@ -69,7 +75,13 @@ def examine(model, loss, batch, seeds, modes, *, training, contributions) -> Exa
     """
     x, y, sample_weight, valid = batch
     n = int(examples.count((x, y)))
-    with _restored(v.value for v in model.variables), modes:
+    for layer in network.layers(model):
+        if getattr(layer, "quantization_mode", None) == "float8":
+            raise ValueError(
+                f"layer {layer.name!r} is quantized to float8, which Keras runs in a compiled step "
+                "only: watch it in fit, by GSNRModel"
+            )
+    with _restored(v.value for v in model.variables), kept_variables(model), modes:
         _assign_seeds(model, seeds)
         with tf.GradientTape(persistent=True) as tape:
             with capture.watching(

@@ -33,8 +33,29 @@ class Seen(NamedTuple):
     foreign: tf.Tensor
 
 
+def _of_examples(output, n):
+    """The output; zeros in its place where it turns out to have other than n rows."""
+    if output.shape[0] is not None:
+        return output
+    zeros = tf.zeros(tf.concat([[n], tf.shape(output)[1:]], 0), output.dtype)
+    output = tf.cond(tf.equal(tf.shape(output)[0], n), lambda: output, lambda: zeros)
+    return tf.ensure_shape(output, [n, *output.shape[1:]])
+
+
+def _has_rows(gradient, n):
+    """Whether it has a row, or several, for each example, or may have when it is run."""
+    if gradient is None or not gradient.shape.rank:
+        return False
+    rows = gradient.shape[0]
+    return rows is None or rows > 0 and rows % n == 0
+
+
 def _seen(gradient, chosen, n) -> Seen:
-    squares = tf.square(tf.cast(tf.convert_to_tensor(gradient), tf.float64))
+    squares = tf.reshape(tf.square(tf.cast(tf.convert_to_tensor(gradient), tf.float64)), [-1])
+    if gradient.shape[0] is None:  # rows that are not those of the examples tell nothing
+        rows = tf.shape(gradient)[0]
+        fits = (rows > 0) & (rows % n == 0)
+        squares = tf.cond(fits, lambda: squares, lambda: tf.zeros([n], tf.float64))
     squares = tf.reduce_mean(tf.reshape(squares, [n, -1]), 1)
     parts = (tf.reduce_mean(tf.boolean_mask(squares, part)) for part in (chosen, ~chosen))
     return Seen(*(tf.cast(mean, tf.float32) for mean in parts))
@@ -63,15 +84,15 @@ def rows_seen(tape, predictions, tensors, n: int) -> list:
         with tape:
             total = [tf.zeros([], tf.float64)]
             for k, output in enumerate(real(predictions)):
-                if output.shape.rank and output.shape[0] == n:
+                if output.shape.rank and output.shape[0] in (n, None):
+                    output = _of_examples(output, n)
                     factors = tf.random.stateless_normal(tf.shape(output), [k, 7])
                     terms = tf.boolean_mask(output * tf.cast(factors, output.dtype), chosen)
                     total.append(tf.cast(tf.reduce_sum(terms), tf.float64))
             target = tf.add_n(total)
         seen: list[Seen | None] = []
         for gradient in tape.gradient(target, tensors):
-            rows = None if gradient is None or not gradient.shape.rank else gradient.shape[0]
-            seen.append(_seen(gradient, chosen, n) if rows and rows % n == 0 else None)
+            seen.append(_seen(gradient, chosen, n) if _has_rows(gradient, n) else None)
         parts.append(seen)
     return [_added(both) for both in zip(*parts)]
 

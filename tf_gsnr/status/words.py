@@ -169,7 +169,7 @@ def _gap(run):
             f"{predicted:+.3g}",
             "",
             "what (14) adds up to over the steps; what later steps undo is not taken off, so it is "
-            "too large, by 10 to 21 times on MNIST. GSNRCallback with test_data measures the gap "
+            "too large, by up to 17 times on MNIST. GSNRCallback with test_data measures the gap "
             "beside it",
         )
     value, se = values[known[-1]], run.column("gap_se")[known[-1]]

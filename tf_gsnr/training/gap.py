@@ -133,7 +133,8 @@ def preconditioner(optimizer, gradients, sample):
     def slot(kind_or_values):
         values = kind_or_values
         if isinstance(values, str):
-            values = [v.value for v in keras_internals.slots(optimizer, values)]
+            values = keras_internals.slots(optimizer, values)
+            values = [None if v is None else v.value for v in values]  # of a scale of float8
         return sample.take(values)
 
     k = tf.cast(tf.maximum(tf.convert_to_tensor(optimizer.iterations), 1), tf.float64)

@@ -372,8 +372,10 @@ class GSNRMeter(keras.metrics.Metric):
             store[name.strip("_")] = getattr(self, name).numpy()
 
     def load_own_variables(self, store):
+        there = set(store.keys())  # none in the file of a model that was not watched
         for name in _KEPT:
-            getattr(self, name).assign(store[name.strip("_")][()])
+            if name.strip("_") in there:
+                getattr(self, name).assign(store[name.strip("_")][()])
 
 
 _KEPT = ("steps", "_learnt", "_gap", "_growth")
