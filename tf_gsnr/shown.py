@@ -109,8 +109,8 @@ NUMBERS = {
     "gap_growth": Number(
         "by how much the test loss is expected to have parted from the training loss, (14) added "
         "up over the steps",
-        "a rate to first order: what later steps undo is not taken off, so it is too large, by 10 "
-        "to 21 times on MNIST (flags/gap_small.flags)",
+        "a rate to first order: what later steps undo is not taken off, so it is too large, by up "
+        "to 17 times on MNIST (flags/gap_small.flags)",
         ("optimizer",),
         lambda s: _ratio(s.gap, s.examples),
     ),

@@ -44,3 +44,11 @@ def test_a_loss_without_a_hash():
     np.testing.assert_allclose(scaled.mean[0], 2 * plain.mean[0], rtol=1e-5)
     tf_gsnr.GSNRModel(model).compile("sgd", Scaled(2.0))
     model.fit(X, Y, verbose=0)
+
+
+def test_weights_that_do_not_fit_the_values_of_the_loss():
+    """Keras cannot weight [n, t] values by [n]."""
+    model = keras.Sequential([keras.Input([4, 3]), keras.layers.Dense(2)])
+    x, y = np.ones([6, 4, 3], "float32"), np.ones([6, 4, 2], "float32")
+    with pytest.raises(ValueError, match=r"sample_weight \[6\]"):
+        tf_gsnr.gradient_moments(model, x, y, "mse", sample_weight=np.ones(6, "float32"))

@@ -367,3 +367,88 @@ def test_a_model_that_goes_takes_its_graphs_along(every):
     for _ in range(3):
         fitted(functional, measure_every=every)
     assert (objects() - before) / 3 < 50  # a plain model leaves 800, a measured step 12,000
+
+
+def test_weights_of_a_plain_model_into_a_fitted_one(tmp_path):
+    file = tmp_path / "plain.weights.h5"
+    plain(functional).save_weights(file)
+    model = fitted(functional)
+    model.load_weights(file)
+    model.fit(**FIT)
+
+
+class Watched(keras.Model):
+    """Tracks a number of its own in every call."""
+
+    def __init__(self):
+        super().__init__()
+        self.head, self.size = keras.layers.Dense(2), keras.metrics.Mean(name="size")
+
+    def call(self, x):
+        y = self.head(x)
+        self.size.update_state(keras.ops.mean(keras.ops.abs(y)))
+        return y
+
+
+def test_metrics_within_a_model_are_as_before():
+    x, y = X, np.ones([len(X), 2], "float32")
+
+    def run(callbacks):
+        keras.utils.set_random_seed(1)
+        model = Watched()
+        model.compile("sgd", "mse")
+        history = model.fit(x, y, 8, 2, verbose=0, shuffle=False, callbacks=callbacks).history
+        return model, history["size"]
+
+    (model, with_it), (_, without) = run([tf_gsnr.GSNRCallback(x, y, every_steps=2)]), run([])
+    np.testing.assert_allclose(with_it, without, rtol=1e-6)
+    model.size.reset_state()
+    tf_gsnr.gradient_moments(model, x, y)
+    assert float(model.size.count) == 0
+
+
+def test_states_of_a_recurrent_layer_are_as_before():
+    x = np.random.default_rng(0).normal(size=[16, 6, 3]).astype("float32")
+    y = np.ones([16, 2], "float32")
+    recurrent = keras.layers.LSTM(4, stateful=True)
+    inputs = keras.Input(batch_shape=[8, 6, 3])
+    model = keras.Sequential([inputs, recurrent, keras.layers.Dense(2)])
+    recurrent.states[0].assign(np.full([8, 4], 0.5))
+    first, again = (tf_gsnr.gradient_moments(model, x, y, "mse", batch_size=8) for _ in range(2))
+    np.testing.assert_array_equal(recurrent.states[0], np.full([8, 4], 0.5))
+    for a, b in zip(first.mean, again.mean):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
+
+
+def test_float8():
+    """Keras gives its scales a gradient, but no state of the optimiser."""
+
+    def run(wrap):
+        keras.utils.set_random_seed(1)
+        model = keras.Sequential([keras.Input([4]), keras.layers.Dense(8), keras.layers.Dense(2)])
+        model.quantize("float8")
+        model = tf_gsnr.GSNRModel(model) if wrap else model
+        model.compile("adam", "mse")
+        model.fit(X, np.ones([len(X), 2]), 8, verbose=0, shuffle=False)
+        return model
+
+    ours = run(True)
+    assert_same(ours.get_weights(), run(False).get_weights())
+    with pytest.raises(ValueError, match="float8"):
+        tf_gsnr.gradient_moments(ours, X, np.ones([len(X), 2]))
+
+
+def test_words_are_measured_in_fit():
+    """Of TextVectorization's output the number of rows is not known when a step is traced."""
+    text = tf.constant(["a b", "b c d", "c", "d a a"] * 8)
+    words = keras.layers.TextVectorization(output_sequence_length=4)
+    words.adapt(text)
+    model = keras.Sequential(
+        [keras.Input([], dtype="string"), words, keras.layers.Embedding(8, 4)]
+        + [keras.layers.GlobalAveragePooling1D(), keras.layers.Dense(2)]
+    )
+    model = tf_gsnr.GSNRModel(model)
+    model.compile("sgd", "mse")
+    data = tf.data.Dataset.from_tensor_slices((text, np.eye(2)[[0, 1] * 16])).batch(8)
+    history = model.fit(data, epochs=3, verbose=0).history
+    assert np.isfinite(history["same_sign"]).all() and np.isfinite(history["gap_growth"]).all()

@@ -41,13 +41,24 @@ def examined(model, loss, batch, index, seeds, options) -> examination.Examined:
         )
     except tf.errors.OpError as error:
         examples.check_labels(model, batch[1], index * examples.count(batch), error)
-        if options["contributions"] or not _works_whole(model, loss, batch):
+        if not _works_whole(model, loss, batch):
+            shapes = [_shapes(v) for v in (batch[1], batch[2])]
+            raise ValueError(
+                f"the loss {losses.name_of(loss)!r} of model {model.name!r} cannot be computed of "
+                f"y {shapes[0]} and sample_weight {shapes[1]}: {str(error.message).splitlines()[0]}"
+            ) from error
+        if options["contributions"]:
             raise
         raise ValueError(
             f"the loss {losses.name_of(loss)!r} of model {model.name!r} cannot be computed for one "
             "example at a time. To measure each example's contribution to the gradient of its "
             "micro-batch instead, pass contributions=True"
         ) from error
+
+
+def _shapes(values):
+    shapes = [str(list(v.shape)) for v in tf.nest.flatten(values) if hasattr(v, "shape")]
+    return " and ".join(["None", *shapes][bool(shapes) :])
 
 
 def _works_whole(model, loss, batch) -> bool:
