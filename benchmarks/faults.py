@@ -261,12 +261,12 @@ def rest(bench):
     def case(what, good, said=""):
         bench.tell(what, 1, int(bool(good)), "" if good else said.strip()[-200:])
 
-    long = ["--at_epochs=0,5,40000", "--replicas=1"]
+    long = ["--at_epochs=40000", "--replicas=1"]  # beside 0, 5 and 500, of 4 configurations
     for what, more in (("the same command", []), ("one with --overwrite", ["--overwrite"])):
         name = f"two{len(more)}"
         both = [bench.experiment("osgr", name, *long, *m) for m in ([], more)]
         (code, said), (other, told) = (bench.finished(process) for process in both)
-        good = sorted([code, other]) in ([0, 1], [0, 2]) and len(read(runs / name)) == 12
+        good = sorted([code, other]) in ([0, 1], [0, 2]) and len(read(runs / name)) == 16
         case(f"{what} at the same time", good and "is writing there" in said + told, said + told)
 
     other = runs / "other"

@@ -157,8 +157,10 @@ def test_signals_end_as_ctrl_c_does(tmp_path, by):
     assert records.read_config(tmp_path / "x")["seconds"] > 0
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
 def test_a_signal_that_python_drops_is_heeded():
+    """And no traceback is shown of it."""
+
     class Finalised:
         def __del__(self):
             signal.raise_signal(signal.SIGTERM)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import sys
 import threading
 
 
@@ -34,7 +35,7 @@ _HEARD: list[int] = []  # signals that have asked the program to end
 def heed():
     """Raises the KeyboardInterrupt of a signal that was asked for and got lost.
 
-    Python drops what is raised while it collects garbage or calls a finaliser, and says so at most.
+    Python drops what is raised while it collects garbage or calls a finaliser.
     """
     if _HEARD:
         raise KeyboardInterrupt
@@ -57,11 +58,18 @@ def signals(wanted: bool = True):
         _HEARD.append(number)
         raise KeyboardInterrupt
 
+    def dropped(unraisable):  # said by Python, with a traceback; `heed` sees to it
+        if not (_HEARD and isinstance(unraisable.exc_value, KeyboardInterrupt)):
+            hook(unraisable)
+
+    hook = sys.unraisablehook
     if wanted and threading.current_thread() is threading.main_thread():
         before = {n: signal.signal(getattr(signal, n), stop) for n in names}
+        sys.unraisablehook = dropped
     try:
         yield
     finally:
         _HEARD.clear()
+        sys.unraisablehook = hook
         for name, handler in before.items():
             signal.signal(getattr(signal, name), handler)
