@@ -171,3 +171,17 @@ def test_a_signal_that_python_drops_is_heeded():
         del one  # what its finaliser raises is dropped
         bar.advance(0.1, "it goes on")
     bar.advance(0.1, "and after that as ever")
+
+
+def test_a_checkpoint_that_is_further_than_the_records(tmp_path, capsys):
+    """The last record is lost: the configuration begins anew, and measures it once more."""
+    directory = RunDirectory(tmp_path / "run", {})
+    directory.write_config({})
+    directory.append({"epoch": 0})
+    directory.append({"epoch": 1})
+    directory.save_checkpoint({"epoch": 1})
+    assert directory.load_checkpoint() == {"epoch": 1}
+    file = tmp_path / "run" / "records.jsonl"
+    file.write_bytes(file.read_bytes()[: len('{"epoch": 0}') + 1])
+    assert directory.load_checkpoint() == {}
+    assert "further than the records" in capsys.readouterr().err

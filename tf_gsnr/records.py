@@ -234,7 +234,7 @@ class RunDirectory:
     def save_checkpoint(self, state: dict):
         """Replaces the checkpoint by this state: arrays, lists of arrays, and values of JSON."""
         arrays: dict[str, Any] = {}
-        rest = {}
+        rest: dict[str, Any] = {_RECORDED: self._recorded_bytes()}
         for name, value in state.items():
             if isinstance(value, np.ndarray):
                 arrays[name] = value
@@ -253,8 +253,8 @@ class RunDirectory:
     def load_checkpoint(self) -> dict:
         """The state last saved; empty if there is none.
 
-        One that cannot be read costs time only: it is said, set aside, and the configuration in
-        progress begins anew.
+        One that cannot be read, or is further than the records are, costs time only: it is said,
+        set aside, and the configuration in progress begins anew.
         """
         file = self.path / "checkpoint.npz"
         if not file.exists():
@@ -265,6 +265,8 @@ class RunDirectory:
             if str(arrays.pop(_DIGEST)) != _digest(arrays):
                 raise ValueError("its content is not what was saved")
             state = json.loads(str(arrays.pop(_REST)))
+            if state.pop(_RECORDED, 0) > self._recorded_bytes():
+                raise ValueError("it is further than the records, of which some were lost")
             for name in sorted(arrays):
                 of_list = name.partition("[")[0]
                 if of_list == name:
@@ -276,10 +278,14 @@ class RunDirectory:
             aside = file.with_name("checkpoint.damaged.npz")
             os.replace(file, aside)
             progress.say(
-                f"{file} cannot be read ({type(error).__name__}): it is {aside.name} now, and the "
-                "configuration in progress begins anew"
+                f"{file} cannot be used ({type(error).__name__}: {error}): it is {aside.name} now, "
+                "and the configuration in progress begins anew"
             )
             return {}
+
+    def _recorded_bytes(self) -> int:
+        file = self.path / "records.jsonl"
+        return file.stat().st_size if file.exists() else 0
 
     def clear_checkpoint(self):
         (self.path / "checkpoint.npz").unlink(missing_ok=True)
@@ -388,6 +394,7 @@ UNFINISHED = {
     GONE,
     "figures",
 }  # of a run that was stopped before it had a configuration
+_RECORDED = "recorded bytes"  # of the records when a checkpoint was saved
 _REST, _DIGEST = "values", "digest"  # of a checkpoint: what is no array; of all the rest
 
 
