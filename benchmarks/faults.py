@@ -149,7 +149,7 @@ def kills(bench, count):
                     # Keras's backup is gone once the training has ended: it would begin again.
                     if kind == "callback" and path.exists() and rows(path) == whole:
                         break
-            ended = kind == "callback" or process.returncode == 0
+            ended = process.returncode in (0, -signal.SIGKILL)  # the latter after its last record
             same = ended and rows(path) == whole
             lost += abs(len(read(path)) - whole.count('"epoch"'))
             right, done, run = right + struck * same, done + struck, run + 1

@@ -61,6 +61,28 @@ def flat(arrays):
     return xp.concatenate([xp.reshape(a, [-1]) for a in arrays])
 
 
+def rows_of_examples(value, n, fold=None):
+    """A tensor whose number of rows is known when it is run, if these are rows of the examples.
+
+    Args:
+      value: `[rows, ...]`.
+      n: the number of examples, an int or a scalar tensor.
+      fold: rows per example; None for any number.
+
+    Returns:
+      It, or zeros in its place, `fold` rows per example or one; as it is where its rows are known.
+    """
+    if value.shape[0] is not None:
+        return value
+    shape = tf.shape(value)
+    rows = tf.cast(n, shape.dtype) * (fold or 1)
+    fits = tf.equal(shape[0], rows) if fold else (shape[0] > 0) & (shape[0] % rows == 0)
+    zeros = tf.zeros(tf.concat([[rows], shape[1:]], 0), value.dtype)
+    known = n * fold if fold and isinstance(n, int) else None
+    even = tf.cond(fits, lambda: value, lambda: zeros)
+    return tf.ensure_shape(even, [known, *value.shape[1:]])
+
+
 def mean(values):
     """The mean of what is not NaN; NaN if nothing is."""
     xp = namespace(values)

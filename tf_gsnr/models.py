@@ -140,10 +140,8 @@ def pooled_logistic_regression(input_shape, outputs, width) -> keras.Model:
     if len(input_shape) != 3 or any(side % width for side in input_shape[:2]):
         raise ValueError(f"expected images whose sides are multiples of --width={width}")
     pool = tuple(side // width for side in input_shape[:2])
-    output = layers.Dense(outputs, kernel_initializer="zeros", name="output")
-    parts = [_centred(), layers.AveragePooling2D(pool), layers.Flatten(), output]
-    inputs = keras.Input(input_shape)
-    return keras.Sequential([inputs, *parts], name="pooled_logistic_regression")
+    name = "pooled_logistic_regression"
+    return _linear(input_shape, outputs, name, layers.AveragePooling2D(pool))
 
 
 def linear_svm(input_shape, outputs, width) -> keras.Model:
@@ -151,10 +149,10 @@ def linear_svm(input_shape, outputs, width) -> keras.Model:
     return _linear(input_shape, outputs, "linear_svm")
 
 
-def _linear(input_shape, outputs, name):
+def _linear(input_shape, outputs, name, *before):
     output = layers.Dense(outputs, kernel_initializer="zeros", name="output")
     inputs = keras.Input(input_shape)
-    return keras.Sequential([inputs, _centred(), layers.Flatten(), output], name=name)
+    return keras.Sequential([inputs, _centred(), *before, layers.Flatten(), output], name=name)
 
 
 def _centred():

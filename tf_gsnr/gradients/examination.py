@@ -139,25 +139,22 @@ def _alike_without_others(model, x, predictions, n, seeds, training) -> bool:
     copies of its own, since noise of a fixed seed goes by an example's place.
     """
     half = n // 2
-    for given, rows in (
-        (slice(0, half), slice(0, half)),
-        (np.concatenate([np.arange(n - half, n), np.arange(half, n)]), slice(half, n)),
-    ):
+    beside = np.concatenate([np.arange(n - half, n), np.arange(half, n)])
+    first, second = slice(0, half), slice(half, n)
+    for given, own in ((first, first), (beside, second)):
         _assign_seeds(model, seeds)
         outputs = independence.real(model(examples.rows(x, given), training=training))
-        if not _same(outputs, independence.real(predictions), rows, n):
-            return False
+        for some, whole in zip(outputs, independence.real(predictions)):
+            if not _same(some, whole, own):
+                return False
     return True
 
 
-def _same(outputs, whole, rows, n) -> bool:
-    for a, b in zip(outputs, whole):
-        if not a.shape.rank or not b.shape.rank:
-            return False
-        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)[rows]
-        a = a[rows] if len(a) == n else a
-        loose = 0.1 if outputs[0].dtype.size == 2 else 1e-3
-        size = np.nanmax(np.abs(b), initial=0)
-        if a.shape != b.shape or not np.allclose(a, b, loose, loose * size, equal_nan=True):
-            return False
-    return True
+def _same(some, whole, own) -> bool:
+    """Whether two outputs are the same at these examples."""
+    if not some.shape.rank or not whole.shape.rank:
+        return False
+    loose = 0.1 if some.dtype.size == 2 else 1e-3
+    a, b = (np.asarray(v, np.float64)[own] for v in (some, whole))
+    size = np.nanmax(np.abs(b), initial=0)
+    return a.shape == b.shape and np.allclose(a, b, loose, loose * size, equal_nan=True)

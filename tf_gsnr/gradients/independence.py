@@ -12,7 +12,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from tf_gsnr import keras_internals
+from tf_gsnr import arrays, keras_internals
 from tf_gsnr.gradients import examples
 
 
@@ -33,15 +33,6 @@ class Seen(NamedTuple):
     foreign: tf.Tensor
 
 
-def _of_examples(output, n):
-    """The output; zeros in its place where it turns out to have other than n rows."""
-    if output.shape[0] is not None:
-        return output
-    zeros = tf.zeros(tf.concat([[n], tf.shape(output)[1:]], 0), output.dtype)
-    output = tf.cond(tf.equal(tf.shape(output)[0], n), lambda: output, lambda: zeros)
-    return tf.ensure_shape(output, [n, *output.shape[1:]])
-
-
 def _has_rows(gradient, n):
     """Whether it has a row, or several, for each example, or may have when it is run."""
     if gradient is None or not gradient.shape.rank:
@@ -51,11 +42,8 @@ def _has_rows(gradient, n):
 
 
 def _seen(gradient, chosen, n) -> Seen:
-    squares = tf.reshape(tf.square(tf.cast(tf.convert_to_tensor(gradient), tf.float64)), [-1])
-    if gradient.shape[0] is None:  # rows that are not those of the examples tell nothing
-        rows = tf.shape(gradient)[0]
-        fits = (rows > 0) & (rows % n == 0)
-        squares = tf.cond(fits, lambda: squares, lambda: tf.zeros([n], tf.float64))
+    gradient = arrays.rows_of_examples(tf.convert_to_tensor(gradient), n)
+    squares = tf.square(tf.cast(gradient, tf.float64))
     squares = tf.reduce_mean(tf.reshape(squares, [n, -1]), 1)
     parts = (tf.reduce_mean(tf.boolean_mask(squares, part)) for part in (chosen, ~chosen))
     return Seen(*(tf.cast(mean, tf.float32) for mean in parts))
@@ -85,7 +73,7 @@ def rows_seen(tape, predictions, tensors, n: int) -> list:
             total = [tf.zeros([], tf.float64)]
             for k, output in enumerate(real(predictions)):
                 if output.shape.rank and output.shape[0] in (n, None):
-                    output = _of_examples(output, n)
+                    output = arrays.rows_of_examples(output, n, fold=1)
                     factors = tf.random.stateless_normal(tf.shape(output), [k, 7])
                     terms = tf.boolean_mask(output * tf.cast(factors, output.dtype), chosen)
                     total.append(tf.cast(tf.reduce_sum(terms), tf.float64))

@@ -25,6 +25,7 @@ class Plan:
       whole: layers that are observed from outside; see `layerwise.whole_layers`.
       unmeasured: `id(variable) -> ` why it is not measured.
       folds: `(id(layer), k) -> ` rows per example of the layer's k-th call.
+      uneven: `(id(layer), k)` of calls whose number of rows depends on the data.
       layers: of the outputs that the first step looked at, in order.
       folded: the layers of which an example has several rows, call by call.
       reasons: `id(variable) -> ` why no rule and no fallback measures it, of the last trace.

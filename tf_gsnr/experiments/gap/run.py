@@ -8,8 +8,10 @@ examples, from which their own difficulty drops out:
 
 test_gap is the usual one, what the test loss has fallen by less than the training loss: with the
 noise of which examples are in the sets, and the same in expectation only where the test set is of
-their kind (MNIST's is easier, by 0.01 to 0.03). Beside the first set's model
-train, from the same weights, on the same batches in the same order, by its optimiser:
+their kind (MNIST's is easier, by 0.01 to 0.03).
+
+Beside the first set's model train, from the same weights, on the same batches in the same order, by
+its optimiser:
 
   folds   K models, each without a K-th of the examples: what the loss of those has fallen by less.
           That gap is one of (K - 1) N / K examples; as it goes as 1/N, (K - 1) / K of it counts.
@@ -23,20 +25,9 @@ train, from the same weights, on the same batches in the same order, by its opti
           by how much a loss is lowered by being trained on, so, to first order in 1/N, the gap.
           Optimiser, momentum and curvature are in it, as the models are trained.
 
-and, of the model's own gradients, with P the derivative of its step by the gradient,
-lambda the learning rate, Sigma the covariance of the examples' gradients,
+and its own gradients are followed: see `noise.py`.
 
-  first_order   (14) summed over the steps: sum_k sum_j P_j rho_j^2 / N. It supposes that what a
-                step fits of the noise stays.
-  curvature     tr C after  C <- (I - lambda H) C + lambda Sigma / N,  H the Gauss-Newton matrix:
-                later steps undo along sharp directions what earlier ones fitted.
-  influence     - (1/N) sum_n g[n] . u[n]  after  u[n] <- (I - lambda H) u[n] - lambda g[n] / N,
-                H the Hessian: u[n] is d w / d (weight of n), so that this is what twins estimate,
-                in closed form.
-
-The last two are for small networks and full-batch descent.
-
-Index letters: n example of N, k step, j parameter.
+Index letters: n example of N, m training set of M.
 """
 
 from __future__ import annotations
@@ -51,9 +42,8 @@ import tensorflow as tf
 
 from tf_gsnr import data, models
 from tf_gsnr.experiments.framework.experiment import Diverged
+from tf_gsnr.experiments.gap import noise
 from tf_gsnr.experiments.gap.settings import CURVATURE, MEASUREMENT, STEP, Settings, epochs
-from tf_gsnr.gradients.measure import gradient_moments
-from tf_gsnr.training import probe
 
 MOMENTUM = 0.9
 MICRO_BATCH = 500  # of an evaluation: speed and memory only
@@ -256,7 +246,7 @@ class _Trainer:
 
         @tf.function(autograph=False)
         def derivatives(x, y):
-            return _derivatives(self.model, losses, x, y)
+            return noise.derivatives(self.model, losses, x, y)
 
         self.step, self.evaluate, self.derivatives = step, evaluate, derivatives
 
@@ -284,123 +274,30 @@ class _Trainer:
         for variable, value in zip(self.optimizer.variables, self.fresh):
             variable.assign(value)
         found = _Trained([], [], [], [])
-        noise = _Noise(self, examples) if watch else None
+        watched = noise.Noise(self, examples) if watch else None
         for epoch in range(self.settings.epochs + 1):
             if epoch:
-                self._epoch(x, y, weights, rng, noise)
-                advance((STEP + bool(noise and noise.follow) * CURVATURE) * len(y))
+                self._epoch(x, y, weights, rng, watched)
+                advance((STEP + bool(watched and watched.follow) * CURVATURE) * len(y))
             if epoch % self.settings.every == 0:
                 found.losses.append(self.losses(*evaluated))
                 advance(len(evaluated[1]))
                 if not np.isfinite(found.losses[-1].mean()):
                     raise Diverged(f"the loss at epoch {epoch} is not finite")
-                if noise:
-                    found.first_order.append(noise.sum())
-                    found.curvature.append(noise.curvature())
-                    found.influence.append(noise.influence())
+                if watched:
+                    found.first_order.append(watched.sum())
+                    found.curvature.append(watched.curvature())
+                    found.influence.append(watched.influence())
                     advance(MEASUREMENT * min(len(y), self.settings.probe))
         return found
 
-    def _epoch(self, x, y, weights, rng, noise):
+    def _epoch(self, x, y, weights, rng, watched):
         n = len(y)
         full = self.size == n
         order = np.arange(n) if full else rng.permutation(n)
         for start in range(0, n - self.size + 1, self.size):
             rows = order[start : start + self.size]
             batch = (x, y, weights) if full else (tf.gather(v, rows) for v in (x, y, weights))
-            if noise:
-                noise.before_step()
+            if watched:
+                watched.before_step()
             self.step(*batch)
-
-
-def _derivatives(model, losses, x, y):
-    """Of a small network: the examples' gradients, Gauss-Newton matrix and Hessian of their mean.
-
-    Returns:
-      g `[n, j]`, matrix `[j, j]`, Hessian `[j, j]`, over all parameters j.
-    """
-    variables = model.trainable_variables
-
-    def flat(gradients):
-        rows = [tf.reshape(g, [-1, tf.size(v)]) for g, v in zip(gradients, variables)]
-        return tf.concat(rows, 1)
-
-    def of_output(o):  # d f[n,o] / d w[j], [n, j]
-        def of_example(one):
-            with tf.GradientTape() as tape:
-                output = model(one[tf.newaxis], training=False)[0, o]
-            return flat(tape.gradient(output, variables))[0]
-
-        return tf.vectorized_map(of_example, x)
-
-    outputs = model(x, training=False)
-    with tf.GradientTape() as outer:
-        outer.watch(outputs)
-        with tf.GradientTape() as inner:
-            inner.watch(outputs)
-            values = losses(y, outputs)
-        slopes = inner.gradient(values, outputs)  # d l[n] / d f[n,o]
-    bends = outer.batch_jacobian(slopes, outputs)  # d2 l[n] / d f[n,o] d f[n,q]
-    jacobian = tf.stack([of_output(o) for o in range(outputs.shape[1])], 1)
-    n = tf.cast(tf.shape(x)[0], x.dtype)
-    gauss_newton = tf.einsum("noj,noq,nqk->jk", jacobian, bends, jacobian) / n
-    with tf.GradientTape(persistent=True) as outer:
-        with tf.GradientTape() as inner:
-            mean = tf.reduce_mean(losses(y, model(x, training=False)))
-        gradient = flat(inner.gradient(mean, variables))[0]
-    hessian = flat(outer.jacobian(gradient, variables, unconnected_gradients="zero"))
-    return tf.einsum("no,noj->nj", slopes, jacobian), gauss_newton, hessian
-
-
-class _Noise:
-    """What is predicted from the gradients of the model while it trains."""
-
-    def __init__(self, trainer, examples):
-        self.trainer, self.examples = trainer, examples
-        self.first_order = 0.0
-        self.steps = 0  # since the last measurement
-        self.growth = None  # of a step, at the last measurement
-        self.follow = trainer.settings.curvature
-        if self.follow:
-            p = trainer.model.count_params()
-            self.covariance = np.zeros([p, p])
-            self.moved = np.zeros([len(examples[1]), p])  # u[n]
-
-    def before_step(self):
-        self.steps += 1
-        if not self.follow:
-            return
-        gradients, gauss_newton, hessian = self._derivatives()
-        n, rate = len(gradients), self.trainer.rate
-        centred = gradients - gradients.mean(0)
-        sigma = centred.T @ centred / n
-        self.covariance += rate * (sigma / n - gauss_newton @ self.covariance)
-        self.moved -= rate * (gradients / n + self.moved @ hessian)
-
-    def _derivatives(self):
-        return [np.asarray(v, np.float64) for v in self.trainer.derivatives(*self.examples)]
-
-    def sum(self) -> float:
-        """(14) summed up to these weights.
-
-        The growth by a step is measured here, and between two measurements their mean counts.
-        """
-        x, y = self.examples
-        t, size = self.trainer, min(len(y), self.trainer.settings.probe)
-        moments = gradient_moments(
-            t.model, x[:size], y[:size], t.loss, engine=t.engine, batch_size=min(size, 250)
-        )
-        growth = probe.predicted_growth(moments, t.optimizer, len(y))
-        if self.growth is not None:
-            self.first_order += self.steps * (growth + self.growth) / 2
-        self.growth, self.steps = growth, 0
-        return float(self.first_order)
-
-    def curvature(self) -> float:
-        return float(np.trace(self.covariance)) if self.follow else float("nan")
-
-    def influence(self) -> float:
-        if not self.follow:
-            return float("nan")
-        gradients = self._derivatives()[0]
-        return float(-np.mean(np.sum(gradients * self.moved, 1)))

@@ -15,7 +15,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from tf_gsnr import checks, keras_internals
+from tf_gsnr import arrays, checks, keras_internals
 from tf_gsnr.gradients import conservation, contract, losses, network
 from tf_gsnr.gradients.layerwise import capture, fallback, forms, recurrent, rules
 from tf_gsnr.gradients.sums import Groups, Sums, grouped
@@ -259,7 +259,7 @@ def forms_of(calls, folds=None, scales=None, reasons=None, uneven=None) -> dict:
         try:
             key, even = (id(call.layer), k), call
             fold = (folds or {}).get(key)
-            if _is_uneven(call):
+            if _rows_are_unknown(call):
                 uneven = set() if uneven is None else uneven
                 uneven.add(key)
             if uneven and key in uneven:
@@ -276,7 +276,7 @@ def forms_of(calls, folds=None, scales=None, reasons=None, uneven=None) -> dict:
     return {key: forms.add(parts) for key, parts in by_variable.items()}
 
 
-def _is_uneven(call):
+def _rows_are_unknown(call):
     """Whether the examples are known when this is traced, and the rows of the call are not."""
     return isinstance(call.n, int) and any(
         z.shape.rank and z.shape[0] is None for z in tf.nest.flatten(call.output) if tf.is_tensor(z)
@@ -295,16 +295,9 @@ def _with_rows_of_examples(call, fold):
         fold = rows[0] // call.n if rows and rows[0] % call.n == 0 else None
 
     def even(value):
-        if not tf.is_tensor(value) or not value.shape.rank or value.shape[0] is not None:
+        if not tf.is_tensor(value) or not value.shape.rank:
             return value
-        shape = tf.shape(value)
-        n = tf.cast(call.n, shape.dtype)
-        rows = n * (fold or 1)
-        zeros = tf.zeros(tf.concat([[rows], shape[1:]], 0), value.dtype)
-        fits = tf.equal(shape[0], rows) if fold else (shape[0] > 0) & (shape[0] % n == 0)
-        known = isinstance(call.n, int) and fold
-        as_is = [call.n * fold if known else None, *value.shape[1:]]
-        return tf.ensure_shape(tf.cond(fits, lambda: value, lambda: zeros), as_is)
+        return arrays.rows_of_examples(value, call.n, fold)
 
     parts = tf.nest.map_structure(even, (call.args, call.kwargs, call.output, call.dz))
     return dataclasses.replace(call, **dict(zip(("args", "kwargs", "output", "dz"), parts))), fold
