@@ -67,6 +67,8 @@ FORMS = {
     "convolution, stride 1": lambda: kernel(2, 3, 6, 10, strides=1, padding="VALID"),
     "convolution in 1 dimension": lambda: kernel(9, 2, 16),
     "convolution of 3 channels": lambda: kernel(3, 3, 3, 16),
+    "convolution of one channel": lambda: kernel(5, 5, 1, 10, strides=1, padding="VALID"),
+    "convolution of 3 dimensions": lambda: kernel(2, 3, 2, 5, 4),
     "grouped": lambda: kernel(3, 3, 4, 16, groups=2),
     "depthwise": lambda: kernel(3, 3, 16, 1, depthwise=True),
     "depthwise, multiplied": lambda: kernel(3, 3, 6, 4, depthwise=True),

@@ -31,25 +31,25 @@ def compared(variables, precision, ours, theirs, variances):
         single gradients are: what cancels (a bias before a batch norm) is known to the rounding of
         its layer's only.
     """
-    error, size, ours_size = (
+    error, size = (
         stacked([tf.reduce_max(tf.abs(v)) for v in values])
-        for values in ([a - b for a, b in zip(ours, theirs)], theirs, ours)
+        for values in ([a - b for a, b in zip(ours, theirs)], theirs)
     )
-    return judged(variables, precision, error, size, ours_size, stacked(variances))
+    return judged(variables, precision, error, size, stacked(variances))
 
 
-def judged(variables, precision, error, size, ours, variances):
-    """The same from the largest difference, and from the largest of theirs and of ours.
+def judged(variables, precision, error, size, variances):
+    """The same from the largest difference, and from the largest of theirs.
 
     Args:
-      error, size, ours, variances: float64 `[variables]`.
+      error, size, variances: float64 `[variables]`.
     """
-    spreads = tf.sqrt(variances + ours**2)
+    spreads = tf.sqrt(variances + size**2)
     layers = {}
     index = [layers.setdefault(v.path.rpartition("/")[0], len(layers)) for v in variables]
     noise = tf.gather(tf.math.unsorted_segment_max(spreads, index, len(layers)), index)
     small = TOLERANCE.get(precision, 0.1) * size + ROUNDING.get(precision, 0.05) * noise
-    nothing = (size == 0) & (ours == 0) | ~tf.math.is_finite(error)
+    nothing = (size == 0) & (error == 0) | ~tf.math.is_finite(error)
     return tf.where(nothing, ZERO, tf.where(error <= small, AGREES, DIFFERS))
 
 

@@ -159,9 +159,9 @@ def _compared(model, sample, forms, ordinary, mean, m2, n, first):
 
     def status_of(gradients):
         theirs = sample.take(gradients) / count
-        sizes = [sample.largest(tf.abs(v)) for v in (mean - theirs, theirs, mean)]
+        sizes = [sample.largest(tf.abs(v)) for v in (mean - theirs, theirs)]
         if totals:
-            zeros = [tf.zeros([], tf.float64)] * 3
+            zeros = [tf.zeros([], tf.float64)] * 2
             whole = [
                 _largest(totals[i], g, count) if i in totals and g is not None else zeros
                 for i, g in enumerate(gradients)
@@ -184,9 +184,9 @@ def _compared(model, sample, forms, ordinary, mean, m2, n, first):
 
 
 def _largest(ours, theirs, count):
-    """Of the difference, of theirs and of ours the largest entry, float64, by one example."""
+    """Of the difference and of theirs the largest entry, float64, by one example."""
     theirs = tf.cast(tf.convert_to_tensor(theirs), ours.dtype)
-    ends = [(tf.reduce_max(v), -tf.reduce_min(v)) for v in (ours - theirs, theirs, ours)]
+    ends = [(tf.reduce_max(v), -tf.reduce_min(v)) for v in (ours - theirs, theirs)]
     return [tf.cast(tf.maximum(*pair), tf.float64) / count for pair in ends]
 
 

@@ -54,12 +54,13 @@ def plan_for(model) -> Plan:
     return Plan(layerwise.whole_layers(model))
 
 
-def first_checks(plan, model, tape, seen_pass, loss, predictions, n, of_loss) -> dict:
+def first_checks(plan, model, tapes, seen_pass, loss, predictions, n, of_loss) -> dict:
     """Whether examples act on each other, and where the rows of each call are.
 
     Args:
-      tape: persistent, of the forward pass and the loss.
-      found: the `capture.Pass` of it.
+      tapes: persistent, of the forward pass with the loss, and one that sees how the loss comes
+        from the outputs.
+      seen_pass: the `capture.Pass` of it.
       loss, predictions: what came of it.
       n: the number of examples; nothing is said where it is not known when traced.
       of_loss: the operations of the loss, of which a second gradient is taken.
@@ -83,10 +84,10 @@ def first_checks(plan, model, tape, seen_pass, loss, predictions, n, of_loss) ->
     firsts = [next(z for z in tf.nest.flatten(call.output) if z.shape.rank) for call in folded]
     looked_at = [*outputs, *firsts]
     try:
-        seen = independence.rows_seen(tape, predictions, looked_at, n) if looked_at else []
+        seen = independence.rows_seen(tapes[0], predictions, looked_at, n) if looked_at else []
         coupling = None
         if not any(op.type in _NOT_TWICE for op in of_loss):
-            coupling = independence.loss_coupling(tape, loss, predictions, n)
+            coupling = independence.loss_coupling(tapes[1], loss, predictions, n)
     except Exception:  # an op without a second gradient: nothing is seen, and training goes on
         return {}
     pairs = [(-1.0, 0.0) if s is None else (s.own, s.foreign) for s in [*seen, coupling]]

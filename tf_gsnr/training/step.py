@@ -15,11 +15,13 @@ which mixed precision scales the loss.
 
 from __future__ import annotations
 
+import contextlib
+
 import keras
 import tensorflow as tf
 
 from tf_gsnr import keras_internals
-from tf_gsnr.gradients import distributed
+from tf_gsnr.gradients import distributed, independence, losses
 from tf_gsnr.gradients.layerwise import capture, rules
 from tf_gsnr.training import contributions, gap
 from tf_gsnr.training.plan import CHECKS, Plan, first_checks, operations
@@ -42,16 +44,19 @@ def measured(model, plan: Plan, meter, data, *, every: int = 1, due=True) -> dic
     variables = model.trainable_variables
     units = capture.units_of(model, plan.whole, rules.activation_of)
     with tf.GradientTape(persistent=True) as tape:
-        with capture.watching(model, units, tape, n, training=True, all_outputs=first) as seen_pass:
+        options = dict(training=True, all_outputs=first, inputs=x)
+        with capture.watching(model, units, tape, n, **options) as seen_pass:
             predictions = _called(model, x)
-            given = x, y, predictions, sample_weight
-            given = as_traced(given, plan.hides_batch_size)
             before = operations()
-            loss = keras_internals.loss_of_batch(model, *given, training=True)
+            apart = first and not losses.adds(model)
+            with _tape_from(predictions) if apart else contextlib.nullcontext(tape) as loss_tape:
+                given = x, y, predictions, sample_weight
+                given = as_traced(given, plan.hides_batch_size)
+                loss = keras_internals.loss_of_batch(model, *given, training=True)
+                scaled = model.optimizer.scale_loss(loss)
         tracker = keras_internals.loss_tracker(model)
         if tracker is not None:
             tracker.update_state(loss * replicas(), sample_weight=n)
-        scaled = model.optimizer.scale_loss(loss)
     end = len(operations())
     watched = seen_pass.watched()
     gradients = tape.gradient(scaled, [*watched, *(v.value for v in variables)])
@@ -67,8 +72,9 @@ def measured(model, plan: Plan, meter, data, *, every: int = 1, due=True) -> dic
     checks = {}
     if first:
         of_loss = operations()[len(before) : end]
-        checks = first_checks(plan, model, tape, seen_pass, scaled, predictions, n, of_loss)
-    del tape
+        tapes = tape, loss_tape
+        checks = first_checks(plan, model, tapes, seen_pass, scaled, predictions, n, of_loss)
+    del tape, loss_tape
 
     model.optimizer.apply_gradients(zip(ordinary, variables))
     logs = model.compute_metrics(*given[:3], sample_weight=given[3])
@@ -76,7 +82,7 @@ def measured(model, plan: Plan, meter, data, *, every: int = 1, due=True) -> dic
     if isinstance(model.optimizer, keras.optimizers.LossScaleOptimizer):
         # The optimiser skips a step whose scaled gradients overflow, and so does the meter.
         due &= _all_finite(ordinary)
-    due &= _rows_are_examples(seen_pass.calls, n)
+    due &= _rows_are_examples(plan, seen_pass.calls, n)
     meter.advance(_global(n))
     gradients = None
     if meter.needs_optimizer and gap.needs_gradients(model.optimizer):
@@ -85,7 +91,8 @@ def measured(model, plan: Plan, meter, data, *, every: int = 1, due=True) -> dic
     def show(moments):
         meter.update_state(_reduced(moments), model.optimizer, every, totals, gradients)
 
-    if replicas() == 1 and tf.get_static_value(tf.convert_to_tensor(due)):
+    due = tf.convert_to_tensor(due)
+    if replicas() == 1 and tf.get_static_value(due):
         show(moments)
     else:
         distributed.where(due, show, moments)
@@ -125,6 +132,14 @@ def _called(model, x):
     return model(x, training=True) if keras_internals.takes_training(model) else model(x)
 
 
+@contextlib.contextmanager
+def _tape_from(predictions):
+    """A tape that begins at the model's outputs: what leads to them is not gone through again."""
+    with tf.GradientTape(persistent=True, watch_accessed_variables=False) as tape:
+        tape.watch(independence.real(predictions))
+        yield tape
+
+
 def _refuse_names(logs, meter):
     """Raises ValueError, while the step is traced, where a metric has a name that we show."""
     taken = [name for name in meter.result_names if name in logs]
@@ -135,8 +150,13 @@ def _refuse_names(logs, meter):
         )
 
 
-def _rows_are_examples(calls, n):
-    """Whether an example has as many rows as in the first step, where the graph counts on it."""
+def _rows_are_examples(plan, calls, n):
+    """Whether an example has as many rows as in the first step, where the graph counts on it.
+
+    True, not a tensor, where all examples have the same sizes: nothing then has to wait for it.
+    """
+    if not (plan.sizes_vary or plan.uneven):
+        return True
     same = [
         tf.equal(tf.shape(z)[0], n * call.fold)
         for call in calls
@@ -144,7 +164,7 @@ def _rows_are_examples(calls, n):
         for z in tf.nest.flatten(call.output)[:1]
         if z.shape.rank and z.shape[0] is None
     ]
-    return tf.reduce_all(tf.stack(same)) if same else tf.constant(True)
+    return tf.reduce_all(tf.stack(same)) if same else True
 
 
 def loss_scale(optimizer):

@@ -113,7 +113,8 @@ class Pass:
 
     Attributes:
       calls: of the units, in order.
-      outputs: `(layer, output)` of every layer without layers inside, in order; if asked for.
+      outputs: `(layer, output)` of every layer without layers inside, in order; if asked for, and
+        before them `(model, input)` of what it is called with.
       hidden: layers that were called where they cannot be observed: in a loop, a branch or a
         function of the graph.
     """
@@ -139,7 +140,9 @@ class Pass:
 
 
 @contextlib.contextmanager
-def watching(model, units: Sequence[Unit], tape, n, *, training: bool, all_outputs: bool = False):
+def watching(
+    model, units: Sequence[Unit], tape, n, *, training: bool, all_outputs: bool = False, inputs=()
+):
     """While this is open, calls of the units' layers are noted in the `Pass` that it hands out.
 
     Args:
@@ -147,6 +150,7 @@ def watching(model, units: Sequence[Unit], tape, n, *, training: bool, all_outpu
       n: the number of examples.
       training: mode of the model.
       all_outputs: whether `Pass.outputs` is wanted.
+      inputs: what the model is to be called with, nested, where that is to be among them.
     """
     watcher = _Watcher(tape, n, training)
     replacements = []
@@ -157,6 +161,7 @@ def watching(model, units: Sequence[Unit], tape, n, *, training: bool, all_outpu
         else:
             replacements.append((unit.layer, "call", functools.partial(watcher.call, unit)))
     if all_outputs:
+        watcher.inputs(model, inputs)
         taken = {id(unit.layer) for unit in units}
         for layer in network.layers(model):
             if (
@@ -214,6 +219,11 @@ class _Watcher:
             return self.call(unit, original(layer_call, *args, **kwargs))
 
         return rematerialized_call
+
+    def inputs(self, model, values):
+        for v in filter(_is_real, tf.nest.flatten(values)):
+            self.tape.watch(v)
+            self._note(model, v)
 
     def output(self, layer, call):
         def noted(*args, **kwargs):

@@ -36,13 +36,13 @@ def paddings(
     return pairs
 
 
-def views(x, kernel, strides, dilations, pads, outputs) -> list:
+def views(x, kernel, strides, dilations, pads, outputs, positions=None) -> list:
     """For each kernel position k, the input values it meets: `[n, b, *outputs, c]`, in order of k.
 
-    Arguments as `viewer`.
+    Of these positions, or of all. Other arguments as `viewer`.
     """
     view = viewer(x, kernel, strides, dilations, pads, outputs)
-    return [view(position) for position in itertools.product(*map(range, kernel))]
+    return list(map(view, positions or itertools.product(*map(range, kernel))))
 
 
 def viewer(x, kernel, strides, dilations, pads, outputs) -> Callable:
@@ -92,7 +92,7 @@ def _phases(x, strides):
     return lambda start: x[np.ravel_multi_index([a % s for a, s in zip(start, strides)], strides)]
 
 
-def kernel_gradients(x, dz, kernel, strides, dilations, pads):
+def kernel_gradients(x, dz, kernel, strides, dilations, pads, positions=None):
     """`G[n,k,c,o] = sum_bt x[n,b,t*stride+k*dilation,c] dz[n,b,t,o]`, per channel group.
 
     Args:
@@ -100,24 +100,26 @@ def kernel_gradients(x, dz, kernel, strides, dilations, pads):
       dz: the gradient at its output, `[n, b, *outputs, filters]`.
       kernel: the kernel's shape, `(*kernel, channels // groups, filters)`.
       strides, dilations, pads: per spatial dimension.
+      positions: of the kernel, tuples, where not all are wanted; the channels are one group then.
 
     Returns:
-      `[n, *kernel, channels // groups, filters]`.
+      `[n, *kernel, channels // groups, filters]`; of some positions `[n, k c o]`.
     """
     filters = dz.shape[-1]
     *spatial, channels, _ = kernel
-    outputs = dz.shape[2:-1]
+    where = spatial, strides, dilations, pads, dz.shape[2:-1]
     if x.shape[-1] != channels:
         gradient = _grouped(x, dz, kernel, strides, dilations, pads)
     elif channels <= NARROW:
-        gradient = _stacked_planes(x, dz, spatial, strides, dilations, pads)
-    elif _halves_are_smaller(x, dz, spatial, strides, pads):
+        gradient = _stacked_planes(x, dz, *where, positions)
+    elif positions is None and _halves_are_smaller(x, dz, spatial, strides, pads):
         gradient = _halves(x, dz, spatial, dilations, pads)
     else:
-        patches = views(x, spatial, strides, dilations, pads, outputs)
+        patches = views(x, *where, positions)
         unfolded = _positions(tf.concat(patches, -1), channels * len(patches))
         gradient = tf.matmul(unfolded, _positions(dz, filters), transpose_a=True)
-    return tf.reshape(gradient, [-1, *kernel])
+    shape = kernel if positions is None else [len(positions) * channels * filters]
+    return tf.reshape(gradient, [-1, *shape])
 
 
 # With few channels a pixel is a few bytes, and copying pixels one by one is what takes the time:
@@ -142,13 +144,13 @@ def _grouped(x, dz, kernel, strides, dilations, pads):
     return tf.einsum("ntkgc,ntgo->nkcgo", unfolded, dz)
 
 
-def _stacked_planes(x, dz, spatial, strides, dilations, pads):
+def _stacked_planes(x, dz, *where):
     """Unfolds planes of one channel: `[n, k c, b t]`."""
     rank = x.shape.rank
     channels = x.shape[-1]
     planes = tf.transpose(x, [0, rank - 1, *range(1, rank - 1)])  # n c b s
     planes = tf.reshape(planes, [-1, channels * x.shape[1], *x.shape[2:-1], 1])
-    patches = views(planes, spatial, strides, dilations, pads, dz.shape[2:-1])
+    patches = views(planes, *where)
     count = math.prod(dz.shape[1:-1])
     unfolded = tf.reshape(tf.stack(patches, 1), [-1, len(patches) * channels, count])
     return tf.matmul(unfolded, _positions(dz, dz.shape[-1]))
@@ -285,6 +287,11 @@ class Kernel(forms.Form):
             return super().sample(places)
         position, rows = np.divmod(product[0], channels)
         m, a, b = places.tiles.shape
+        if (a, b) == (channels, filters) and not self.depthwise:  # whole positions of the kernel
+            chosen = list(zip(*np.unravel_index(position[:, 0], spatial)))
+            where = self.strides, self.dilations, self.pads
+            g = kernel_gradients(self.x, self.dz, self.shape, *where, positions=chosen)
+            return tf.cast(g, self.dtype)
         unfolded = math.prod(self.shape[:-1])
         all_of_it = unfolded + filters + unfolded * filters / PRODUCTS_PER_COPY
         if (position != position[:, :1]).any() or 2 * m * (a + b) > all_of_it:

@@ -339,10 +339,16 @@ def gathered(v, index):
     run = _run(index, v.shape[-1])
     if run == 1:
         return tf.gather(v, index, axis=-1)
-    lead = tf.shape(v)[:-1]
-    v = tf.reshape(v, tf.concat([lead, [v.shape[-1] // run, run]], 0))
+    lead = _lead(v)
+    v = tf.reshape(v, [*lead, v.shape[-1] // run, run])
     v = tf.gather(v, index[::run] // run, axis=-2)
-    return tf.reshape(v, tf.concat([lead, index.shape], 0))
+    return tf.reshape(v, [*lead, len(index)])
+
+
+def _lead(v) -> list:
+    """All lengths of v but the last, as `tf.reshape` takes them; -1 is not known when traced."""
+    lead = [-1 if length is None else length for length in v.shape[:-1]]
+    return lead if lead.count(-1) < 2 else tf.unstack(tf.shape(v)[:-1])
 
 
 def _run(index, *lengths):
@@ -354,7 +360,7 @@ def _run(index, *lengths):
 def tiles_of(v, index):
     """`v [..., c]` at the columns `index [m, a]`: `[..., m, a]`."""
     tiles = gathered(v, index.reshape(-1))
-    return tf.reshape(tiles, tf.concat([tf.shape(v)[:-1], index.shape], 0))
+    return tf.reshape(tiles, [*_lead(v), *index.shape])
 
 
 def tiles_first(v, index):
