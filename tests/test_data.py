@@ -31,6 +31,28 @@ def test_examples_beside_a_training_set_are_others():
         source.draw(10, np.random.default_rng(0), beside=11)
 
 
+def test_training_and_test_examples_can_be_split_anew():
+    """As many of each, no example lost, and each still with its own label."""
+    x = np.arange(30, dtype="float32")[:, None]
+    pairs = [(v, v[:, 0].astype(int) % 3) for v in (x[:20], x[20:])]
+
+    def split(resplit):
+        source = data.from_arrays(*pairs, resplit=resplit)
+        sets = source.draw(20, np.random.default_rng(0)), source.test(None, None)
+        assert [len(images) for images, _ in sets] == [20, 10]
+        for images, labels in sets:
+            assert (labels == images[:, 0] % 3).all()
+        return sorted(sets[0][0][:, 0]), sorted(sets[1][0][:, 0])
+
+    train, test = split(0)
+    assert sorted(train + test) == list(range(30)) and test != list(range(20, 30))
+    assert split(0) == (train, test) != split(1) and split(None)[1] == list(range(20, 30))
+    with pytest.raises(ValueError, match="resplit=-1: expected a seed"):
+        data.from_arrays(*pairs, resplit=-1)
+    with pytest.raises(ValueError, match="--resplit: toy data are drawn alike"):
+        data.load("toy", resplit=0)
+
+
 def test_label_noise_replaces_that_share():
     source = data.load("toy")
     rng = np.random.default_rng(0)

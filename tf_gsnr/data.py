@@ -44,7 +44,13 @@ class Source(NamedTuple):
     draw_labels: Callable
 
 
-def load(name: str, data_dir: str | None = None, download: bool = True, **options) -> Source:
+def load(
+    name: str,
+    data_dir: str | None = None,
+    download: bool = True,
+    resplit: int | None = None,
+    **options,
+) -> Source:
     """Opens a data set.
 
     Args:
@@ -54,11 +60,13 @@ def load(name: str, data_dir: str | None = None, download: bool = True, **option
       data_dir: where TFDS keeps its data; None for its own default. Missing data are downloaded. A
         function of your own is given it as it is.
       download: whether data of TFDS that are missing are downloaded; else it is an error.
+      resplit: a seed by which training and test examples are mixed and split anew, as many of each
+        as before; None for the split that the data set comes with.
       **options: of `toy`.
 
     Raises:
       ValueError: an unknown name, or data that are neither there nor to be had; the message says
-        what to put where.
+        what to put where. With resplit, data that are drawn as they are needed.
 
     Example:
 
@@ -73,10 +81,12 @@ def load(name: str, data_dir: str | None = None, download: bool = True, **option
         checks.directory("--data_dir", data_dir)
     checks.boolean("download", download)
     if name == "toy":
+        if resplit is not None:
+            raise ValueError("--resplit: toy data are drawn alike for training and for testing")
         return toy(**options)
     if lookup.is_reference(name):
-        return from_function(name, data_dir)
-    return from_tfds(name, data_dir, download)
+        return from_function(name, data_dir, resplit)
+    return from_tfds(name, data_dir, download, resplit)
 
 
 def randomise(y, probability: float, source: Source, rng: np.random.Generator):
@@ -125,7 +135,14 @@ def toy(input_scale: float = 1.0, noise_scale: float = 0.01) -> Source:
     )
 
 
-def from_arrays(train, test, *, name: str = "arrays", classes: int | None = None) -> Source:
+def from_arrays(
+    train,
+    test,
+    *,
+    name: str = "arrays",
+    classes: int | None = None,
+    resplit: int | None = None,
+) -> Source:
     """A data set held in memory: a classification, or a regression.
 
     Args:
@@ -135,6 +152,7 @@ def from_arrays(train, test, *, name: str = "arrays", classes: int | None = None
         `[examples, targets]`.
       name: what errors and records call it.
       classes: how many there are; default: as many as the labels name.
+      resplit: as in `load`.
 
     Raises:
       ValueError: arrays that do not fit each other, labels out of range, NaN or infinity.
@@ -181,6 +199,11 @@ def from_arrays(train, test, *, name: str = "arrays", classes: int | None = None
             )
         classes = classes or most + 1
         _check_labels(name, train_y, test_y, classes)
+    if resplit is not None:
+        checks.integer("resplit", resplit, 0, expected="a seed, an integer from 0 on")
+        order = np.random.default_rng(resplit).permutation(len(train_y) + len(test_y))
+        train_x, test_x = _split_anew(train_x, test_x, order)
+        train_y, test_y = _split_anew(train_y, test_y, order)
 
     def scaled(x):
         return x.astype(np.float32) / 255 if x.dtype == np.uint8 else x.astype(np.float32)
@@ -218,6 +241,11 @@ def from_arrays(train, test, *, name: str = "arrays", classes: int | None = None
         test=whole_or_part,
         draw_labels=draw_labels,
     )
+
+
+def _split_anew(train, test, order):
+    mixed = np.concatenate([train, test])[order]
+    return mixed[: len(train)], mixed[len(train) :]
 
 
 def _pair(name, split, value):
@@ -277,7 +305,9 @@ def _check_labels(name, train_y, test_y, classes):
             )
 
 
-def from_function(reference: str, data_dir: str | None = None) -> Source:
+def from_function(
+    reference: str, data_dir: str | None = None, resplit: int | None = None
+) -> Source:
     """A user's data set: `module:function`, a function `(data_dir) -> Source`, or `-> ((x_train,
     y_train), (x_test, y_test))`, from which `from_arrays` makes one.
 
@@ -295,6 +325,11 @@ def from_function(reference: str, data_dir: str | None = None) -> Source:
             "expected a function (data_dir) -> ((x_train, y_train), (x_test, y_test))"
         ) from None
     if isinstance(given_back, Source):
+        if resplit is not None:
+            raise ValueError(
+                f"--resplit: --dataset={reference} returned a tf_gsnr.data.Source; expected arrays "
+                "((x_train, y_train), (x_test, y_test))"
+            )
         return given_back
     try:
         (train_x, train_y), (test_x, test_y) = given_back
@@ -303,13 +338,19 @@ def from_function(reference: str, data_dir: str | None = None) -> Source:
             f"--dataset={reference}: it returned {type(given_back).__name__}; expected "
             "((x_train, y_train), (x_test, y_test)) or a tf_gsnr.data.Source"
         ) from None
-    return from_arrays((train_x, train_y), (test_x, test_y), name=f"--dataset={reference}")
+    pairs = (train_x, train_y), (test_x, test_y)
+    return from_arrays(*pairs, name=f"--dataset={reference}", resplit=resplit)
 
 
-def from_tfds(name: str, data_dir: str | None = None, download: bool = True) -> Source:
+def from_tfds(
+    name: str,
+    data_dir: str | None = None,
+    download: bool = True,
+    resplit: int | None = None,
+) -> Source:
     """An image-classification data set of TensorFlow Datasets; pixels are scaled to 0..1."""
     train, test, classes = _read_tfds(name, data_dir, download)
-    return from_arrays(train, test, name=name, classes=classes)
+    return from_arrays(train, test, name=name, classes=classes, resplit=resplit)
 
 
 def _has_network(seconds: float = 10) -> bool:

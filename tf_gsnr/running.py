@@ -99,7 +99,10 @@ def plan(wanted: Wanted) -> Plan:
     suffix += f"-worker{worker}" if worker else ""
     if not configurations[part]:
         raise ValueError(f"--shard={wanted.shard}: there are {len(configurations)} configurations")
-    source = data.load(settings.dataset, wanted.data_dir, not wanted.dry_run, **_of_toy(settings))
+    resplit = settings.seed if getattr(settings, "resplit", False) else None
+    source = data.load(
+        settings.dataset, wanted.data_dir, not wanted.dry_run, resplit, **_of_toy(settings)
+    )
     _check_size(settings, source)
     check = getattr(experiment, "check", None)
     if check is not None:

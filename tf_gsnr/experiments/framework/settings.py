@@ -75,6 +75,10 @@ SHARED = {
     "test_size": Setting(
         "Test examples; left out: the whole test set.", at_least(1), most=EXAMPLES
     ),
+    "resplit": Setting(
+        "Mix the data set's training and test examples and split them anew at random, by --seed: "
+        "is the test set drawn as the training set is?"
+    ),
     "epochs": Setting("How many epochs to train.", at_least(1), most=STEPS),
     "every": Setting("Epochs between two measurements.", at_least(1), most=STEPS),
     "batch_size": Setting("Examples of a step of SGD.", at_least(1), most=EXAMPLES),

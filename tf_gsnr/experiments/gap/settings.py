@@ -81,6 +81,7 @@ class Settings(NamedTuple):
         ),
     ] = 1000
     test_size: int | None = None
+    resplit: bool = False
     toy_input_scale: float = 1.0
     toy_noise_scale: Annotated[float, SHARED["toy_noise_scale"]] = 0.01
     repeats: int = 3

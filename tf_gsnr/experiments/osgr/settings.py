@@ -61,6 +61,7 @@ class Settings(NamedTuple):
             "Measurements then take half as long again, and more."
         ),
     ]
+    resplit: bool
     seed: int
 
 
@@ -105,7 +106,7 @@ def settings(**given) -> Settings:
     """
     # The default test_size None is the whole test set: 10,000 on MNIST, 20,000 on toy data [text].
     ours = dict(test_size=None, batch_size=500, toy_input_scale=1.0, toy_noise_scale=0.01)
-    ours |= dict(unseen=False, seed=0)
+    ours |= dict(unseen=False, resplit=False, seed=0)
     dataset = value_of(Settings, given, "dataset") or "mnist"
     paper = PAPER.get(dataset, PAPER["mnist"])
     chosen = complete(Settings, given, {**paper, **ours, "dataset": dataset})
