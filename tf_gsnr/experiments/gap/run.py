@@ -8,7 +8,7 @@ examples, from which their own difficulty drops out:
 
 test_gap is the usual one, what the test loss has fallen by less than the training loss: with the
 noise of which examples are in the sets, and the same in expectation only where the test set is of
-their kind (MNIST's is easier, by 0.01 to 0.03).
+their kind (MNIST's is easier, by 0.01 to 0.03; with --resplit it is not).
 
 Beside the first set's model train, from the same weights, on the same batches in the same order, by
 its optimiser:
