@@ -158,7 +158,7 @@ def _stacked_planes(x, dz, *where):
 
 def _halves_are_smaller(x, dz, spatial, strides, pads):
     """Whether `_halves` applies and copies fewer numbers than unfolding x alone does."""
-    if len(spatial) < 2 or strides[0] != 1:
+    if len(spatial) < 2 or set(strides) != {1}:
         return False
     rows = x.shape[2] + sum(pads[0])
     outputs = dz.shape[2]
