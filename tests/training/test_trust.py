@@ -116,6 +116,28 @@ def test_one_example_that_acts_on_all_others(largest, caplog):
         assert any("'scaled'" in r.getMessage() for r in caplog.records)
 
 
+class Doubled(keras.Model):
+    """Has each example twice in its layers, one batch after the other."""
+
+    def __init__(self):
+        super().__init__()
+        self.hidden, self.out = L.Dense(4, "tanh"), L.Dense(1)
+
+    def call(self, x):
+        both = self.out(self.hidden(keras.ops.tile(x, (2, 1))))
+        return keras.ops.mean(keras.ops.reshape(both, (2, -1, 1)), axis=0)
+
+
+def test_nothing_is_shown_of_rows_that_were_taken_for_others(caplog):
+    """Nor in the first epoch, of whose first step that was found out."""
+    with caplog.at_level("WARNING"):
+        model = trained(Doubled, True, epochs=1)
+    said = [r.getMessage() for r in caplog.records]
+    assert sum("rows of layer" in line and "not measured" in line for line in said) == 4
+    shown = {k: v[-1] for k, v in model.history.history.items() if k != "loss"}
+    assert shown and all(np.isnan(v) for v in shown.values()), shown
+
+
 def test_a_callback_that_is_refused_has_not_trained():
     model = centred()
     model.compile("sgd", "mse")

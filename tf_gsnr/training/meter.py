@@ -362,10 +362,20 @@ class GSNRMeter(keras.metrics.Metric):
     def reset_state(self):
         """At an epoch's start: the sums are emptied, what counts from the start is kept."""
         self._learnt.assign(tf.maximum(self._learnt.value, self.seen.value))
+        self.seen.assign(0)
+        self._empty()
+
+    def _empty(self):
         sums = [self._measured, self._counted, self._alone, self._sums, self._agreement]
-        for variable in (self.seen, *sums, self._signal, self._noise):
+        for variable in (*sums, self._signal, self._noise):
             if variable is not None:
                 variable.assign(tf.zeros(variable.shape, variable.dtype))
+
+    def forget(self):
+        """Takes back all that was measured, of steps of which that turns out to have been wrong."""
+        self._empty()
+        self._gap.assign(0)
+        self._growth.assign(np.nan)
 
     def save_own_variables(self, store):
         for name in _KEPT:

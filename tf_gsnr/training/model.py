@@ -394,6 +394,8 @@ class _Training:
         status = self.meter.status.numpy()
         for line in plan.learn(self.model, self.plan, checks, status):
             logging.warning("GSNRModel(%r): %s", self.model.name, line)
+        if first and self.plan.misplaced:
+            self.meter.forget()
         grown = len(self.plan.whole) > whole or len(self.plan.unmeasured) > unmeasured
         self.stale = self.stale or grown and not first
 

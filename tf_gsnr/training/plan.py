@@ -31,6 +31,7 @@ class Plan:
       reasons: `id(variable) -> ` why no rule and no fallback measures it, of the last trace.
       missed: variables that no call accounts for, of the last trace.
       settled: whether the first step is done.
+      misplaced: whether the first step took rows for examples' that are not.
       hides_batch_size: whether the batch size is not known when Keras traces its step.
       sizes_vary: whether the sizes of examples differ from batch to batch (lengths of sequences).
       contributions: what lets examples act on each other, or None.
@@ -45,6 +46,7 @@ class Plan:
     reasons: dict = dataclasses.field(default_factory=dict)
     missed: list = dataclasses.field(default_factory=list)
     settled: bool = False
+    misplaced: bool = False
     sizes_vary: bool = False
     hides_batch_size: bool = False
     contributions: str | None = None
@@ -124,6 +126,7 @@ def learn(model, plan: Plan, checks: dict, status) -> list[str]:
     told = []
     if not plan.settled:
         told += _learn_rows(model, plan, checks)
+        plan.misplaced = bool(plan.unmeasured)
     plan.whole, unseen = layerwise.wider(model, plan.whole, plan.missed)
     wrong = []
     for variable, outcome in zip(model.trainable_variables, status):
