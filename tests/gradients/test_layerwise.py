@@ -11,7 +11,7 @@ import zoo
 
 import tf_gsnr
 from tf_gsnr.gradients import conservation, losses, network
-from tf_gsnr.gradients.layerwise import dense_forms
+from tf_gsnr.gradients.layerwise import convolution, dense_forms
 from tf_gsnr.gradients.layerwise import engine as layerwise
 from tf_gsnr.gradients.losses import per_example_loss
 from tf_gsnr.gradients.vectorized import engine as vectorized
@@ -436,6 +436,40 @@ def test_a_wrong_rule_is_refused():
             )
     finally:
         rules._RULES.pop(Own)
+
+
+class OtherwiseAlone(keras.Model):
+    """Gives a single example another output than it has in a batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.out = L.Dense(2)
+
+    def call(self, x):
+        return self.out(x) * (2.0 if x.shape[0] == 1 else 1.0)
+
+
+class Noisy(L.Dropout):
+    def call(self, x):
+        return super().call(x, training=True)
+
+
+def test_a_wrong_reference_is_refused(monkeypatch):
+    """The reference engine, too, is compared with the ordinary gradient, unless that is random."""
+    rng = np.random.default_rng(0)
+    x, y = (rng.normal(size=[12, k]).astype("float32") for k in (5, 2))
+    otherwise = OtherwiseAlone()
+    otherwise(x)
+    with pytest.raises(conservation.NotConserved, match="otherwise than a batch"):
+        tf_gsnr.gradient_moments(otherwise, x, y, "mse", engine="vectorized")
+    noisy = keras.Sequential([keras.Input([5]), Noisy(0.5), L.Dense(2)])
+    assert tf_gsnr.gradient_moments(noisy, x, y, "mse", engine="vectorized").count == 12
+    images = rng.normal(size=[12, 6, 6, 3]).astype("float32")
+    conv = keras.Sequential([keras.Input([6, 6, 3]), L.Conv2D(4, 3), L.Flatten(), L.Dense(2)])
+    right = convolution._stacked_planes  # of both engines
+    monkeypatch.setattr(convolution, "_stacked_planes", lambda *v: 1.01 * right(*v))
+    with pytest.raises(conservation.NotConserved, match="conv2d.*kernel, to the ordinary"):
+        tf_gsnr.gradient_moments(conv, images, y, "mse")
 
 
 def test_register_rule_wants_a_layer_class():

@@ -5,8 +5,6 @@ Index letters: n example, j variable.
 
 from __future__ import annotations
 
-import contextlib
-
 import keras
 import numpy as np
 import tensorflow as tf
@@ -26,9 +24,7 @@ def examined(model, loss, batch, index, seeds, options) -> examination.Examined:
     Raises:
       ValueError: the loss cannot be computed for one example, or a label is outside the classes.
     """
-    modes = contextlib.nullcontext()
-    if options["training"] and options["batch_norm"] == "frozen":
-        modes = network.frozen_batch_norm(model)
+    modes = network.modes(model, options["training"], options["batch_norm"])
     try:
         return examination.examine(
             model,
@@ -117,14 +113,7 @@ def agreeing(model, moments, gradients) -> set:
     Raises:
       NotConserved: a variable's is another.
     """
-    n = int(moments.count)
-    variables = model.trainable_variables
-    means = [np.asarray(m, np.float64) for m in moments.mean]
-    variances = [np.max(np.asarray(s, np.float64), initial=0) / n for s in moments.m2]
-    ordinary = [np.zeros_like(m) if g is None else g / n for g, m in zip(gradients, means)]
-    precision = network.precision(model)
-    status = conservation.compared(variables, precision, means, ordinary, variances).numpy()
-    wrong = [v.path for v, s in zip(variables, status) if s == conservation.DIFFERS]
+    status, wrong = _compared(model, moments, gradients)
     if wrong:
         raise conservation.NotConserved(
             f"model {model.name!r}: the per-example gradients of {', '.join(wrong)} do not add up "
@@ -136,6 +125,44 @@ def agreeing(model, moments, gradients) -> set:
         for j, (outcome, gradient) in enumerate(zip(status, gradients))
         if outcome == conservation.AGREES or gradient is None and outcome == conservation.ZERO
     }
+
+
+def _compared(model, moments, gradients):
+    """The status of each variable, and the paths of those that differ."""
+    n = int(moments.count)
+    variables = model.trainable_variables
+    means = [np.asarray(m, np.float64) for m in moments.mean]
+    variances = [np.max(np.asarray(s, np.float64), initial=0) / n for s in moments.m2]
+    ordinary = [np.zeros_like(m) if g is None else g / n for g, m in zip(gradients, means)]
+    precision = network.precision(model)
+    status = conservation.compared(variables, precision, means, ordinary, variances).numpy()
+    return status, [v.path for v, s in zip(variables, status) if s == conservation.DIFFERS]
+
+
+def refuse_unlike(model, x, moments, seen: examination.Examined, options):
+    """Raises where examples that are run alone have not the ordinary gradient as their mean.
+
+    It is another anyway where each example has noise of its own or batch norm sees it alone, and
+    it is not known where the model adds losses.
+
+    Args:
+      moments: of the micro-batch.
+
+    Raises:
+      NotConserved: a variable's is another.
+    """
+    training = options["training"]
+    alone = training and options["batch_norm"] == "batch" and network.batch_norms(model)
+    if alone or seen.adds:
+        return
+    _, wrong = _compared(model, moments, seen.gradients)
+    modes = network.modes(model, training, options["batch_norm"])
+    if wrong and not examination.is_random(model, x, modes, training=training):
+        raise conservation.NotConserved(
+            f"model {model.name!r}: the gradients of examples that are run one by one do not add "
+            f"up, for {', '.join(wrong)}, to the ordinary gradient of the batch: the model treats "
+            "a single example otherwise than a batch, or an operation is vectorised wrongly"
+        )
 
 
 TINY = 1e-12  # squares of gradients below may underflow in float32

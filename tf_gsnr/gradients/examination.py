@@ -56,12 +56,14 @@ class Examined(NamedTuple):
       mixing: the layer through which examples act on each other, or None.
       scrambled: a layer whose rows are not in the order of the examples, or None.
       loss_acts: whether the loss lets examples act on each other.
+      adds: whether the model adds losses, of which the gradients know nothing.
     """
 
     gradients: list
     mixing: keras.layers.Layer | None
     scrambled: keras.layers.Layer | None
     loss_acts: bool
+    adds: bool
 
 
 def examine(model, loss, batch, seeds, modes, *, training, contributions) -> Examined:
@@ -118,7 +120,15 @@ def examine(model, loss, batch, seeds, modes, *, training, contributions) -> Exa
         errors = []
         if not adds:
             errors = independence.loss_apart(loss, x, y, predictions, sample_weight, training, n)
-    return Examined(gradients, mixing, scrambled, any(float(e) > 1e-3 for e in errors))
+    loss_acts = any(float(e) > 1e-3 for e in errors)
+    return Examined(gradients, mixing, scrambled, loss_acts, adds)
+
+
+def is_random(model, x, modes, *, training) -> bool:
+    """Whether the model gives other outputs when it is called again."""
+    with _restored(v.value for v in model.variables), kept_variables(model), modes:
+        once, again = (independence.real(model(x, training=training)) for _ in range(2))
+    return any(not np.array_equal(a, b, equal_nan=True) for a, b in zip(once, again))
 
 
 def _assign_seeds(model, seeds):

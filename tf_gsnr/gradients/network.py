@@ -6,6 +6,8 @@ and what holds a model's layers would keep the model alive.
 
 from __future__ import annotations
 
+import contextlib
+
 import keras
 import tensorflow as tf
 
@@ -165,6 +167,13 @@ def values_given(variables) -> list:
 def check_batch_norm(batch_norm: str):
     """Raises ValueError unless `batch_norm` is one of `BATCH_NORM_MODES`."""
     checks.choice("batch_norm", batch_norm, BATCH_NORM_MODES)
+
+
+def modes(model, training: bool, batch_norm: str):
+    """The context in which batch-norm layers use the statistics that were asked for."""
+    if training and batch_norm == "frozen":
+        return frozen_batch_norm(model)
+    return contextlib.nullcontext()
 
 
 def frozen_batch_norm(model):

@@ -288,9 +288,12 @@ class Stream:
         state = self._one(self._step(single=True), None, None, *self._empty(), index, batch)
         if examined is None:
             return state
+        finite = int(state[1]) < 0 and checking.are_finite(examined.gradients)
         if self.engine != "layerwise":
+            if finite:
+                checking.refuse_unlike(self.model, batch[0], state[0], examined, self.options)
             entry.pending = set()
-        elif int(state[1]) < 0 and checking.are_finite(examined.gradients):
+        elif finite:
             entry.pending -= checking.agreeing(self.model, state[0], examined.gradients)
         return state
 

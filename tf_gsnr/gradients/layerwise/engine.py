@@ -7,7 +7,6 @@ n example.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 from collections.abc import Callable, Sequence
 
@@ -64,7 +63,7 @@ def build(
                 target = tf.reduce_sum(each if valid is None else tf.where(valid, each, 0))
             return each, target if scale is None else target * tf.cast(scale, target.dtype)
 
-        with modes(model, training, batch_norm):
+        with network.modes(model, training, batch_norm):
             found, each, by_variable = _pass(
                 model, loss_of, x, n, seeds, training, added=contributions
             )
@@ -92,13 +91,6 @@ def build(
         return contract.Measured(each, moments, Sums(*lists))
 
     return measure
-
-
-def modes(model, training, batch_norm):
-    """The context in which batch-norm layers use the statistics that were asked for."""
-    if training and batch_norm == "frozen":
-        return network.frozen_batch_norm(model)
-    return contextlib.nullcontext()
 
 
 def _pass(model, loss_of, x, n, seeds, training, added):
