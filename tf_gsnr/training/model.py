@@ -333,7 +333,7 @@ class _Training:
             way = "measured"
             if self.every > 1:
                 way = "either" if several else "measured" if due else "plain"
-            functions.pop("first", None)  # nor is its graph kept in memory
+            functions.pop("first", None)  # lest its graph stay in memory
             if self.stale:
                 functions.clear()
                 self.stale = False

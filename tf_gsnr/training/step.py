@@ -48,7 +48,7 @@ def measured(model, plan: Plan, meter, data, *, every: int = 1, due=True) -> dic
         with capture.watching(model, units, tape, n, **options) as seen_pass:
             predictions = _called(model, x)
             before = operations()
-            apart = first and not losses.adds(model)
+            apart = first and not losses.adds(model)  # what is added does not come from the outputs
             with _tape_from(predictions) if apart else contextlib.nullcontext(tape) as loss_tape:
                 given = x, y, predictions, sample_weight
                 given = as_traced(given, plan.hides_batch_size)
