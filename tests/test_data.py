@@ -37,7 +37,8 @@ def test_training_and_test_examples_can_be_split_anew():
     pairs = [(v, v[:, 0].astype(int) % 3) for v in (x[:20], x[20:])]
 
     def split(resplit):
-        source = data.from_arrays(*pairs, resplit=resplit)
+        source = data.from_arrays(*pairs)
+        source = source if resplit is None else source.split_anew(resplit)
         sets = source.draw(20, np.random.default_rng(0)), source.test(None, None)
         assert [len(images) for images, _ in sets] == [20, 10]
         for images, labels in sets:
@@ -48,8 +49,8 @@ def test_training_and_test_examples_can_be_split_anew():
     assert sorted(train + test) == list(range(30)) and test != list(range(20, 30))
     assert split(0) == (train, test) != split(1) and split(None)[1] == list(range(20, 30))
     with pytest.raises(ValueError, match="resplit=-1: expected a seed"):
-        data.from_arrays(*pairs, resplit=-1)
-    with pytest.raises(ValueError, match="--resplit: toy data are drawn alike"):
+        data.from_arrays(*pairs).split_anew(-1)
+    with pytest.raises(ValueError, match="--resplit: --dataset=toy draws"):
         data.load("toy", resplit=0)
 
 

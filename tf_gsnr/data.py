@@ -32,6 +32,7 @@ class Source(NamedTuple):
         targets; with `beside`, that many more examples after them, none of which is among the n.
       test: `(n, rng) -> (x, y)`: a test set; n None for the whole.
       draw_labels: `(n, rng) -> y`: targets drawn without regard to any input.
+      split_anew: `seed -> Source`, of the same examples; None where they are drawn as needed.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Source(NamedTuple):
     draw: Callable
     test: Callable
     draw_labels: Callable
+    split_anew: Callable | None = None
 
 
 def load(
@@ -81,12 +83,19 @@ def load(
         checks.directory("--data_dir", data_dir)
     checks.boolean("download", download)
     if name == "toy":
-        if resplit is not None:
-            raise ValueError("--resplit: toy data are drawn alike for training and for testing")
-        return toy(**options)
-    if lookup.is_reference(name):
-        return from_function(name, data_dir, resplit)
-    return from_tfds(name, data_dir, download, resplit)
+        source = toy(**options)
+    elif lookup.is_reference(name):
+        source = from_function(name, data_dir)
+    else:
+        source = from_tfds(name, data_dir, download)
+    if resplit is None:
+        return source
+    if source.split_anew is None:
+        raise ValueError(
+            f"--resplit: --dataset={name} draws its examples as they are needed; expected one that "
+            "has them in arrays"
+        )
+    return source.split_anew(resplit)
 
 
 def randomise(y, probability: float, source: Source, rng: np.random.Generator):
@@ -141,7 +150,6 @@ def from_arrays(
     *,
     name: str = "arrays",
     classes: int | None = None,
-    resplit: int | None = None,
 ) -> Source:
     """A data set held in memory: a classification, or a regression.
 
@@ -152,7 +160,6 @@ def from_arrays(
         `[examples, targets]`.
       name: what errors and records call it.
       classes: how many there are; default: as many as the labels name.
-      resplit: as in `load`.
 
     Raises:
       ValueError: arrays that do not fit each other, labels out of range, NaN or infinity.
@@ -199,11 +206,6 @@ def from_arrays(
             )
         classes = classes or most + 1
         _check_labels(name, train_y, test_y, classes)
-    if resplit is not None:
-        checks.integer("resplit", resplit, 0, expected="a seed, an integer from 0 on")
-        order = np.random.default_rng(resplit).permutation(len(train_y) + len(test_y))
-        train_x, test_x = _split_anew(train_x, test_x, order)
-        train_y, test_y = _split_anew(train_y, test_y, order)
 
     def scaled(x):
         return x.astype(np.float32) / 255 if x.dtype == np.uint8 else x.astype(np.float32)
@@ -231,6 +233,16 @@ def from_arrays(
             train_y[rng.integers(0, len(train_y), n)] if regression else rng.integers(0, classes, n)
         )
 
+    def split_anew(seed):
+        checks.integer("resplit", seed, 0, expected="a seed, an integer from 0 on")
+        order = np.random.default_rng(seed).permutation(len(train_y) + len(test_y))
+        (some_x, others_x), (some_y, others_y) = (
+            np.split(np.concatenate(both)[order], [len(train_y)])
+            for both in ((train_x, test_x), (train_y, test_y))
+        )
+        pairs = (some_x, some_y), (others_x, others_y)
+        return from_arrays(*pairs, name=name, classes=None if regression else classes)
+
     return Source(
         name=name,
         input_shape=train_x.shape[1:],
@@ -240,12 +252,8 @@ def from_arrays(
         draw=draw,
         test=whole_or_part,
         draw_labels=draw_labels,
+        split_anew=split_anew,
     )
-
-
-def _split_anew(train, test, order):
-    mixed = np.concatenate([train, test])[order]
-    return mixed[: len(train)], mixed[len(train) :]
 
 
 def _pair(name, split, value):
@@ -305,9 +313,7 @@ def _check_labels(name, train_y, test_y, classes):
             )
 
 
-def from_function(
-    reference: str, data_dir: str | None = None, resplit: int | None = None
-) -> Source:
+def from_function(reference: str, data_dir: str | None = None) -> Source:
     """A user's data set: `module:function`, a function `(data_dir) -> Source`, or `-> ((x_train,
     y_train), (x_test, y_test))`, from which `from_arrays` makes one.
 
@@ -325,11 +331,6 @@ def from_function(
             "expected a function (data_dir) -> ((x_train, y_train), (x_test, y_test))"
         ) from None
     if isinstance(given_back, Source):
-        if resplit is not None:
-            raise ValueError(
-                f"--resplit: --dataset={reference} returned a tf_gsnr.data.Source; expected arrays "
-                "((x_train, y_train), (x_test, y_test))"
-            )
         return given_back
     try:
         (train_x, train_y), (test_x, test_y) = given_back
@@ -339,18 +340,13 @@ def from_function(
             "((x_train, y_train), (x_test, y_test)) or a tf_gsnr.data.Source"
         ) from None
     pairs = (train_x, train_y), (test_x, test_y)
-    return from_arrays(*pairs, name=f"--dataset={reference}", resplit=resplit)
+    return from_arrays(*pairs, name=f"--dataset={reference}")
 
 
-def from_tfds(
-    name: str,
-    data_dir: str | None = None,
-    download: bool = True,
-    resplit: int | None = None,
-) -> Source:
+def from_tfds(name: str, data_dir: str | None = None, download: bool = True) -> Source:
     """An image-classification data set of TensorFlow Datasets; pixels are scaled to 0..1."""
     train, test, classes = _read_tfds(name, data_dir, download)
-    return from_arrays(train, test, name=name, classes=classes, resplit=resplit)
+    return from_arrays(train, test, name=name, classes=classes)
 
 
 def _has_network(seconds: float = 10) -> bool:

@@ -20,6 +20,11 @@ def column(records, name):
     return np.array([r[name] for r in records], float)
 
 
+def data_of(record) -> str:
+    """The data set, for a title: with a split of its own where that is not the usual one."""
+    return record["dataset"] + (", split anew" if record.get("resplit") else "")
+
+
 def curves(records, name):
     """`(epochs [k], values [seeds, k])` of a field where it is, for all seeds that are complete."""
     seeds = by([r for r in records if name in r], "seed")

@@ -8,7 +8,7 @@ import numpy as np
 
 from tf_gsnr.experiments.framework.statistics import student
 from tf_gsnr.plots.claims import Claim, verdict
-from tf_gsnr.plots.style import by, column, plt
+from tf_gsnr.plots.style import by, column, data_of, plt
 
 PREDICTIONS = {
     "first_order": "sum of (14) over the steps",
@@ -247,7 +247,7 @@ def figure(records: list[dict]) -> plt.Figure:
     drawn.legend(handles=list(handles.values()), loc=place, ncols=2, frameon=False)
     first = records[0]
     drawn.suptitle(
-        f"{first['dataset']}, {first['model']}: the gap predicted from the training set",
+        f"{data_of(first)}, {first['model']}: the gap predicted from the training set",
         fontsize=12,
     )
     return drawn

@@ -118,6 +118,7 @@ def run(configuration: dict, settings: Settings, workbench) -> Iterator[dict]:
         yield {
             "experiment": "gap",
             "dataset": settings.dataset,
+            "resplit": settings.resplit,
             "model": settings.model,
             **c,
             "epoch": epoch,

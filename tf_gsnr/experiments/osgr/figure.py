@@ -7,7 +7,7 @@ import numpy as np
 from tf_gsnr.experiments.framework.statistics import pearson
 from tf_gsnr.experiments.osgr import noise
 from tf_gsnr.plots.claims import Claim, verdict
-from tf_gsnr.plots.style import by, column, plt
+from tf_gsnr.plots.style import by, column, data_of, plt
 
 MARKERS = "osD^vP*X"
 FIGURES = {"mnist": "figure 4", "cifar10": "figure 9", "toy": "figure 11"}
@@ -304,7 +304,7 @@ def figure(records: list[dict]) -> plt.Figure:
     drawn.legend(handles=handles, loc="outside right upper", frameon=False)
     first = records[0]
     drawn.suptitle(
-        f"{first['dataset']}: {len(epochs[records[0]['epoch']])} configurations, "
+        f"{data_of(first)}: {len(epochs[records[0]['epoch']])} configurations, "
         f"M = {first['training_sets']}, learning rate {first['learning_rate']:g}",
         fontsize=12,
     )

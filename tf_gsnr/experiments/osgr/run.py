@@ -48,6 +48,7 @@ def run(configuration: dict, settings: Settings, workbench) -> Iterator[dict]:
         yield {
             "experiment": "osgr",
             "dataset": settings.dataset,
+            "resplit": settings.resplit,
             **configuration,
             "epoch": epoch,
             "training_sets": settings.training_sets,
