@@ -15,6 +15,7 @@ PAGE = PACKAGE.parent / "ARCHITECTURE.md"
 # The floors, the lowest first: a file imports of its own floor and of those before.
 FLOORS = [
     "moments arrays checks keras_internals progress lookup lock ending",
+    "significance",
     "metrics shown records columns environment",
     "gradients plots status",
     "data models training",

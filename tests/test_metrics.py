@@ -6,7 +6,7 @@ import pytest
 import tensorflow as tf
 
 import tf_gsnr
-from tf_gsnr import Moments, metrics
+from tf_gsnr import Moments, metrics, significance
 
 
 def moments_of(gradients, sign_counts=False):
@@ -196,7 +196,7 @@ def test_noise_is_told_from_signal_over_steps(n, steps, directions):
         u = n * (g.mean(2) ** 2).sum(-1) - trace
         products = (u * trace).sum(0), (u**2).sum(0)
         sums = [v.sum(0) for v in (u, trace, trace**2, diagonal)]
-        told, _ = metrics.told_from_zero(*sums, float(n * steps), float(steps), products)
+        told, _ = significance.told_from_zero(*sums, float(n * steps), float(steps), products)
         shown[times] = told.mean()
     assert shown[0] <= 0.05 + 3 * 0.011, shown
     assert shown[6] > 0.6 or n == 2, shown

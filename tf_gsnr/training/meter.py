@@ -16,7 +16,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from tf_gsnr import arrays, metrics, shown
+from tf_gsnr import arrays, metrics, shown, significance
 from tf_gsnr.training import gap
 from tf_gsnr.training.sample import Sample
 
@@ -68,8 +68,8 @@ class GSNRMeter(keras.metrics.Metric):
         osgr         S / (S + V / N) = |G|^2 / (|G|^2 + tr(Sigma) / N): (19) for N training examples
         gap_growth   1/N sum_steps sum_j w_j P_j s2_j, (14) accumulated; see `gap.py`
 
-    NaN where the signal cannot be told from zero (`metrics.told_from_zero`), and before the first
-    measured step; `reasons` says why.
+    NaN where the signal cannot be told from zero (`significance.py`), and before the first measured
+    step; `reasons` says why.
 
     Args:
       variables: those that are measured, built.
@@ -209,7 +209,7 @@ class GSNRMeter(keras.metrics.Metric):
         )
 
     def _add_sums(self, squares, m2, diagonal, a, b, c, free, keep):
-        """S, V and what `metrics.told_from_zero` asks for, of the model and of each layer."""
+        """S, V and what `significance.told_from_zero` asks for, of the model and of each layer."""
         known = tf.math.is_finite(squares) & tf.math.is_finite(m2)
         values = tf.where(known, tf.stack([squares, m2, diagonal]), 0)
         squares, m2, diagonal = tf.unstack(tf.matmul(values, self._members, transpose_b=True))
@@ -262,7 +262,7 @@ class GSNRMeter(keras.metrics.Metric):
             return sums[SIGNAL] > 0, None
         terms = (sums[i] for i in (SIGNAL, TRACE, SQUARES, DIAGONAL))
         n, k = self._examples_and_steps()
-        return metrics.told_from_zero(*terms, n, k, (sums[PRODUCTS], sums[SIGNALS_SQUARED]))
+        return significance.told_from_zero(*terms, n, k, (sums[PRODUCTS], sums[SIGNALS_SQUARED]))
 
     def _examples_and_steps(self):
         counts = (self._counted, self._measured)
@@ -278,7 +278,7 @@ class GSNRMeter(keras.metrics.Metric):
         totals, counts = tf.unstack(tf.matmul(self._members, sums), axis=1)
         means = arrays.divide(totals, counts, np.nan)
         if self._bias_corrected:
-            told &= metrics.mean_told_from_zero(means, bound, *self._examples_and_steps())
+            told &= significance.mean_told_from_zero(means, bound, *self._examples_and_steps())
         means = tf.where(told, means, np.nan)
         if self.sample.size > 2 * MEDIAN_SAMPLE:
             some = np.random.default_rng(0).choice(self.sample.size, MEDIAN_SAMPLE, replace=False)
@@ -304,10 +304,11 @@ class GSNRMeter(keras.metrics.Metric):
         )
         least = error = np.nan
         if bound is not None and examples > steps + 2:
-            least = float(metrics.least_mean(float(bound[0]), examples, steps))
+            least = float(significance.least_mean(float(bound[0]), examples, steps))
             error = float(bound[0]) / 2 * sums[TRACE, 0]
-            if steps < metrics.STEPS:  # the bound is of no signal: what there is adds to the error
-                more = 4 * max(sums[SIGNAL, 0], 0) * sums[TRACE, 0] / steps / metrics.DIRECTIONS
+            if steps < significance.STEPS:  # the bound is of no signal: what there is adds to it
+                signal, trace = max(sums[SIGNAL, 0], 0), sums[TRACE, 0]
+                more = 4 * signal * trace / steps / significance.DIRECTIONS
                 error = float(np.hypot(error, np.sqrt(more)))
         return Reading(
             examples=int(self._counted.numpy()),
@@ -348,13 +349,13 @@ class GSNRMeter(keras.metrics.Metric):
             elif name == "gap_growth":
                 why = "no growth is known of any step so far"
             elif not varied[groups.get(name, 0)]:
-                why = metrics.NOTHING_VARIES
+                why = significance.NOTHING_VARIES
             elif name == "same_sign":
                 why = "no parameter has a gradient for two examples of a step"
             else:
                 why = (
-                    f"{metrics.why_not_told(counted, steps)}; larger or more batches tell more, "
-                    "as does GSNRCallback on a large probe set"
+                    f"{significance.why_not_told(counted, steps)}; larger or more batches tell "
+                    "more, as does GSNRCallback on a large probe set"
                 )
             by_reason.setdefault(why, []).append(name)
         return [f"{', '.join(names)}: {why}" for why, names in by_reason.items()]

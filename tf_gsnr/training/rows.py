@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tf_gsnr import arrays, metrics
+from tf_gsnr import arrays, metrics, significance
 from tf_gsnr.moments import Moments
 
 # log10 of GSNR: what lies beyond counts in the outermost of these bins.
@@ -42,26 +42,28 @@ def of_moments(moments: Moments, model, examples: int, ratios=None) -> dict:
     sums = _sums(moments, ratios, [range(len(ratios)), *groups.values()])
     n = float(moments.count)
     signal = sums.square - sums.trace / n  # |G|^2
-    told, bound = metrics.told_from_zero(n * signal, sums.trace, sums.trace**2, sums.diagonal, n, 1)
+    told, bound = significance.told_from_zero(
+        n * signal, sums.trace, sums.trace**2, sums.diagonal, n, 1
+    )
     means = arrays.divide(sums.ratio, sums.alive, np.nan)
-    shown = np.where(told & metrics.mean_told_from_zero(means, bound, n, 1), means, np.nan)
+    shown = np.where(told & significance.mean_told_from_zero(means, bound, n, 1), means, np.nan)
     whole = np.concatenate([np.ravel(r) for r in ratios])
     whole = whole[~np.isnan(whole)]
     median, p95 = np.quantile(whole, [0.5, 0.95]) if whole.size else (np.nan, np.nan)
     hidden = np.isnan(shown[0])
     noise = sums.trace[0] / examples
-    se = metrics.signal_se(signal[0], sums.trace[0], sums.diagonal[0], n)
+    se = significance.signal_se(signal[0], sums.trace[0], sums.diagonal[0], n)
     row = {
         "count": int(moments.count),
         "loss": float(moments.loss),
         "gsnr/mean": shown[0],
         "gsnr/median": np.nan if hidden else median,
         "gsnr/p95": np.nan if hidden else p95,
-        "gsnr/least": metrics.least_mean(bound[0], n, 1),
+        "gsnr/least": significance.least_mean(bound[0], n, 1),
         "gsnr_plain/mean": (means[0] + 1 / n) * n / (n - 1),  # rho2 = s2 (n - 1) / n
         "noise_scale": sums.trace[0] / signal[0] if told[0] else np.nan,
         "osgr_predicted": signal[0] / (signal[0] + noise) if told[0] else np.nan,
-        "osgr_predicted_se": metrics.osgr_se(signal[0], noise, se) if told[0] else np.nan,
+        "osgr_predicted_se": significance.osgr_se(signal[0], noise, se) if told[0] else np.nan,
         "parameters": int(sums.size[0]),
         "dead": int(sums.dead[0]),
     }
@@ -140,7 +142,7 @@ def of_meter(meter, reading) -> dict:
     row |= {there: shown[name] for name, there in names.items() if name in shown}
     if "osgr" in shown and reading.signal > 0:
         noise = reading.signal * (1 / shown["osgr"] - 1)  # V / N
-        row["osgr_predicted_se"] = metrics.osgr_se(reading.signal, noise, reading.signal_se)
+        row["osgr_predicted_se"] = significance.osgr_se(reading.signal, noise, reading.signal_se)
     for i, layer in enumerate(meter.layers, 1):
         row[f"gsnr/{layer}"] = float(reading.gsnr[i])
         if meter.sign_counts:
