@@ -90,6 +90,116 @@ def test_examples_that_act_on_each_other(make, loss, name, caplog):
         plain.fit(X, Y, verbose=0, callbacks=[tf_gsnr.GSNRCallback(X, Y)])
 
 
+def root_mean_square(y_true, y_pred):
+    return keras.ops.sqrt(keras.ops.mean((y_true - y_pred) ** 2))
+
+
+def hinge_of_pairs(y_true, y_pred):
+    """Linear piece by piece: its second derivative is zero."""
+    wanted = tf.sign(y_true - tf.transpose(y_true))
+    given = y_pred[:, :1] - tf.transpose(y_pred[:, :1])
+    return tf.reduce_mean(tf.nn.relu(1 - wanted * given), axis=-1)
+
+
+def weighted_mean(y_true, y_pred):
+    """Each example is divided by the weights of all."""
+    weights = keras.ops.abs(y_true)
+    return keras.ops.sum(weights * (y_true - y_pred) ** 2) / keras.ops.sum(weights)
+
+
+class Balanced(L.Layer):
+    """Adds a loss: how evenly a batch uses the units, as a switch between experts has it."""
+
+    def __init__(self, kind, **kwargs):
+        super().__init__(**kwargs)
+        self.kind = kind
+
+    def call(self, h):
+        p = keras.ops.softmax(h)
+        if self.kind == "mean":
+            self.add_loss(keras.ops.sum(keras.ops.mean(p, axis=0) ** 2))
+        elif self.kind == "share":  # of which the derivative is zero
+            share = keras.ops.mean(keras.ops.one_hot(keras.ops.argmax(p, -1), 4), axis=0)
+            self.add_loss(keras.ops.sum(share * keras.ops.mean(p, axis=0)))
+        elif self.kind == "alone":
+            self.add_loss(keras.ops.mean(keras.ops.sum(p**2, axis=-1)))
+        return h
+
+
+def balanced(kind):
+    return lambda: keras.Sequential([keras.Input([6]), L.Dense(4), Balanced(kind), L.Dense(1)])
+
+
+def said_of_others(caplog):
+    return [r.getMessage() for r in caplog.records if "act on each other" in r.getMessage()]
+
+
+@pytest.mark.parametrize("loss", [root_mean_square, hinge_of_pairs])
+def test_a_loss_that_acts_in_ways_hard_to_see(loss, caplog):
+    """By one factor for all examples; by a function whose second derivative is zero."""
+    with caplog.at_level("WARNING"):
+        model = trained(dense, True, loss, epochs=1)
+    assert len(said_of_others(caplog)) == 1
+    with pytest.raises(ValueError, match=f"{loss.__name__}.*act on each other.*contributions"):
+        tf_gsnr.gradient_moments(model, X, Y)
+
+
+@pytest.mark.parametrize("kind", ["mean", "share", "alone"])
+def test_what_a_model_adds_may_act_between_examples(kind, caplog):
+    """`fit` cannot see it where it has no derivative."""
+    with caplog.at_level("WARNING"):
+        model = trained(balanced(kind), True, epochs=1)
+    assert len(said_of_others(caplog)) == (kind == "mean")
+    if kind == "alone":
+        assert tf_gsnr.gradient_moments(model, X, Y).count == 48
+    else:
+        with pytest.raises(ValueError, match="add_loss.*act on each other.*contributions=True"):
+            tf_gsnr.gradient_moments(model, X, Y)
+    found = tf_gsnr.gradient_moments(model, X, Y, contributions=True)
+    with tf.GradientTape() as tape:
+        value = model.compute_loss(X, Y, model(X))
+    for mean, truth in zip(found.mean, tape.gradient(value, model.trainable_variables)):
+        np.testing.assert_allclose(mean, truth, atol=1e-5)
+
+
+def test_a_loss_that_divides_by_the_weights_of_all(caplog):
+    """An example alone is not its part in the batch: measured, and said."""
+    model = dense()
+    with caplog.at_level("WARNING"):
+        for _ in range(2):
+            tf_gsnr.gradient_moments(model, X, Y, weighted_mean)
+        tf_gsnr.gradient_moments(model, X, Y, weighted_mean, contributions=True)
+        tf_gsnr.gradient_moments(model, X, Y, "mse")
+    said = [r.getMessage() for r in caplog.records]
+    assert len(said) == 1 and "weighted_mean" in said[0] and "contributions=True" in said[0]
+
+
+class Flipped(L.Layer):
+    def call(self, x):
+        return keras.ops.flip(x, axis=0)
+
+
+def flipped(back):
+    def make():
+        layers = [Flipped(), L.Dense(4, "tanh"), *([Flipped()] if back else [])]
+        return keras.Sequential([keras.Input([6]), L.Dense(5), *layers, L.Dense(1)])
+
+    return make
+
+
+@pytest.mark.parametrize("back", [True, False])
+def test_rows_in_another_order(back, caplog):
+    """For a while is no acting on each other; for good, an example has another one's target."""
+    with caplog.at_level("WARNING"):
+        model = trained(flipped(back), True, epochs=1)
+    assert len(said_of_others(caplog)) == (not back)
+    if back:
+        assert tf_gsnr.gradient_moments(model, X, Y).count == 48
+    else:
+        with pytest.raises(ValueError, match="act on each other"):
+            tf_gsnr.gradient_moments(model, X, Y)
+
+
 class DividedByLargest(L.Layer):
     def call(self, x):
         return x / keras.ops.max(keras.ops.abs(x))

@@ -82,9 +82,11 @@ def refuse(model, loss, seen: examination.Examined, engine: str, options):
         "gradient of its micro-batch instead, pass contributions=True"
     )
     if seen.loss_acts:
+        what = (
+            "a loss added (add_loss) by" if seen.adds else f"the loss {losses.name_of(loss)!r} of"
+        )
         raise ValueError(
-            f"the loss {losses.name_of(loss)!r} of model {model.name!r} lets the examples of a "
-            f"batch act on each other, {way_out}"
+            f"{what} model {model.name!r} lets the examples of a batch act on each other, {way_out}"
         )
     asked = options["training"] and options["batch_norm"] == "batch"
     if seen.mixing is not None and not asked:
@@ -99,6 +101,16 @@ def refuse(model, loss, seen: examination.Examined, engine: str, options):
             "the examples in turn, so their gradients cannot be told apart: use "
             "engine='vectorized', or engine='auto', which does so by itself"
         )
+
+
+def weighs(model, loss) -> str:
+    """What is said of a loss that gives examples other weights in a batch than alone."""
+    return (
+        f"the loss {losses.name_of(loss)!r} of model {model.name!r} divides by something of the "
+        "whole batch, its number of valid positions or a sum of weights: what is measured is the "
+        "loss of each example alone, whose mean is not the batch's. To measure each example's "
+        "contribution to the gradient of its micro-batch instead, pass contributions=True"
+    )
 
 
 def agreeing(model, moments, gradients) -> set:

@@ -6,6 +6,7 @@ Index letters: n example.
 from __future__ import annotations
 
 import contextlib
+import functools
 from typing import NamedTuple
 
 import keras
@@ -55,7 +56,9 @@ class Examined(NamedTuple):
         does not depend on it.
       mixing: the layer through which examples act on each other, or None.
       scrambled: a layer whose rows are not in the order of the examples, or None.
-      loss_acts: whether the loss lets examples act on each other.
+      loss_acts: whether the loss lets examples act on each other, or what the model adds to it.
+      weighs: whether an example has another weight in it than alone: the loss divides by something
+        of the whole batch.
       adds: whether the model adds losses, of which the gradients know nothing.
     """
 
@@ -63,6 +66,7 @@ class Examined(NamedTuple):
     mixing: keras.layers.Layer | None
     scrambled: keras.layers.Layer | None
     loss_acts: bool
+    weighs: bool
     adds: bool
 
 
@@ -102,6 +106,9 @@ def examine(model, loss, batch, seeds, modes, *, training, contributions) -> Exa
         gradients = [None if g is None else np.asarray(tf.convert_to_tensor(g)) for g in gradients]
         layers, outputs = zip(*seen_pass.outputs) if seen_pass.outputs else ((), ())
         seen = independence.rows_seen(tape, predictions, list(outputs), n) if n > 1 else []
+        outputs_of_model = independence.real(predictions)
+        slopes = tape.gradient(value, outputs_of_model, unconnected_gradients="zero")
+        added_act = adds and n > 1 and _added_act(model, x, tape, outputs, n, seeds, training)
         del tape
         mixing = independence.mixing_layer(layers, seen) if seen else None
         scrambled = None
@@ -117,11 +124,56 @@ def examine(model, loss, batch, seeds, modes, *, training, contributions) -> Exa
                 mixing, scrambled = None, scrambled_layers[0] if scrambled_layers else None
             else:
                 mixing = mixing or model
-        errors = []
-        if not adds:
-            errors = independence.loss_apart(loss, x, y, predictions, sample_weight, training, n)
-    loss_acts = any(float(e) > 1e-3 for e in errors)
-    return Examined(gradients, mixing, scrambled, loss_acts, adds)
+        loss_acts, weighs = added_act, False
+        if not adds and n > 1:
+            one_mode = functools.partial(loss, training=training)
+            of_batch = independence.loss_gradient(one_mode, x, y, predictions, sample_weight)
+            given = x, y, predictions, sample_weight, of_batch
+            loss_acts = float(independence.loss_error(one_mode, *given)) > 1
+            if not contributions:
+                pair = [[tf.boolean_mask(g, valid) for g in gs] for gs in (of_batch, slopes)]
+                weighs = float(independence.unlike(*pair)) > independence.ALONE
+    return Examined(gradients, mixing, scrambled, loss_acts, weighs, adds)
+
+
+def _added_act(model, x, tape, outputs, n, seeds, training) -> bool:
+    """Whether a loss that the model adds lets examples act on each other.
+
+    As `independence.loss_error`, at the layers' outputs, of each loss by itself. Nothing is said
+    where the outputs themselves are others without the rest of the batch.
+    """
+    there = [k for k, z in enumerate(outputs) if z.shape.rank and z.shape[0] == n]
+    outputs = [outputs[k] for k in there]
+    whole = _added_gradients(model, tape, outputs)
+    for given, own in _halves(n):
+        _assign_seeds(model, seeds)
+        data = examples.rows(x, given)
+        size = int(examples.count(data))
+        with tf.GradientTape(persistent=True) as part_tape:
+            options = dict(training=training, all_outputs=True)
+            with capture.watching(model, [], part_tape, size, **options) as part:
+                model(data, training=training)
+        if len(part.outputs) <= max(there, default=0):
+            return False
+        outputs_of_part = [part.outputs[k][1] for k in there]
+        if not all(_same(a, b, own) for a, b in zip(outputs_of_part, outputs)):
+            return False
+        alone = _added_gradients(model, part_tape, outputs_of_part)
+        for of_whole, of_part in zip(whole, alone):
+            pair = ([g[own] for g in gradients] for gradients in (of_whole, of_part))
+            if float(independence.unlike(*pair)) > independence.ALONE:
+                return True
+    return False
+
+
+def _added_gradients(model, tape, outputs) -> list:
+    """Of each loss that the model added, the gradients at the outputs."""
+    with losses.without_penalties(model):
+        added = list(model.losses)
+    return [
+        [tf.convert_to_tensor(g) for g in tape.gradient(v, outputs, unconnected_gradients="zero")]
+        for v in added
+    ]
 
 
 def is_random(model, x, modes, *, training) -> bool:
@@ -142,7 +194,18 @@ def _sizes_vary(model) -> bool:
 
 
 def _alike_without_others(model, x, predictions, n, seeds, training) -> bool:
-    """Whether the outputs of each half of the examples are the same without the other half.
+    """Whether the outputs of each half of the examples are the same without the other half."""
+    for given, own in _halves(n):
+        _assign_seeds(model, seeds)
+        outputs = independence.real(model(examples.rows(x, given), training=training))
+        for some, whole in zip(outputs, independence.real(predictions)):
+            if not _same(some, whole, own):
+                return False
+    return True
+
+
+def _halves(n) -> tuple:
+    """`(rows to be given, rows of these that count)`, for each half of the examples.
 
     Of both: what one example does to all others (the largest of a batch, that all are divided by)
     shows in the half that is without it. The first half is alone; beside the second half there are
@@ -151,13 +214,7 @@ def _alike_without_others(model, x, predictions, n, seeds, training) -> bool:
     half = n // 2
     beside = np.concatenate([np.arange(n - half, n), np.arange(half, n)])
     first, second = slice(0, half), slice(half, n)
-    for given, own in ((first, first), (beside, second)):
-        _assign_seeds(model, seeds)
-        outputs = independence.real(model(examples.rows(x, given), training=training))
-        for some, whole in zip(outputs, independence.real(predictions)):
-            if not _same(some, whole, own):
-                return False
-    return True
+    return (first, first), (beside, second)
 
 
 def _same(some, whole, own) -> bool:

@@ -27,10 +27,15 @@ class Seen(NamedTuple):
 
     Of both parts, S and the rest, added: an example that acts on all others, while none acts on it,
     shows in the part that it is not in.
+
+    Attributes:
+      own, foreign: these two.
+      shared: of what both parts depend on, of which is taken the smaller.
     """
 
     own: tf.Tensor
     foreign: tf.Tensor
+    shared: tf.Tensor
 
 
 def _has_rows(gradient, n):
@@ -41,18 +46,21 @@ def _has_rows(gradient, n):
     return rows is None or rows > 0 and rows % n == 0
 
 
-def _seen(gradient, chosen, n) -> Seen:
-    gradient = arrays.rows_of_examples(tf.convert_to_tensor(gradient), n)
-    squares = tf.square(tf.cast(gradient, tf.float64))
-    squares = tf.reduce_mean(tf.reshape(squares, [n, -1]), 1)
-    parts = (tf.reduce_mean(tf.boolean_mask(squares, part)) for part in (chosen, ~chosen))
-    return Seen(*(tf.cast(mean, tf.float32) for mean in parts))
-
-
-def _added(seen) -> Seen | None:
-    """Of the parts that something depends on; None without any."""
-    there = [s for s in seen if s is not None]
-    return Seen(*(tf.add_n(v) for v in zip(*there))) if there else None
+def _seen(gradients, n) -> Seen | None:
+    """Of the gradients of S's outputs and of the others', at one tensor; None without any."""
+    if not any(_has_rows(g, n) for g in gradients):
+        return None
+    own, foreign, both = [], [], []
+    for gradient, chosen in zip(gradients, _both(n)):
+        if not _has_rows(gradient, n):
+            continue
+        squares = tf.square(tf.cast(tf.convert_to_tensor(gradient), tf.float64))
+        both.append(squares)
+        rows = tf.reduce_mean(tf.reshape(arrays.rows_of_examples(squares, n), [n, -1]), 1)
+        own.append(tf.reduce_mean(tf.boolean_mask(rows, chosen)))
+        foreign.append(tf.reduce_mean(tf.boolean_mask(rows, ~chosen)))
+    shared = tf.reduce_mean(tf.minimum(*both)) if len(both) == 2 else tf.zeros([], tf.float64)
+    return Seen(*(tf.cast(v, tf.float32) for v in (tf.add_n(own), tf.add_n(foreign), shared)))
 
 
 def rows_seen(tape, predictions, tensors, n: int) -> list:
@@ -78,11 +86,8 @@ def rows_seen(tape, predictions, tensors, n: int) -> list:
                     terms = tf.boolean_mask(output * tf.cast(factors, output.dtype), chosen)
                     total.append(tf.cast(tf.reduce_sum(terms), tf.float64))
             target = tf.add_n(total)
-        seen: list[Seen | None] = []
-        for gradient in tape.gradient(target, tensors):
-            seen.append(_seen(gradient, chosen, n) if _has_rows(gradient, n) else None)
-        parts.append(seen)
-    return [_added(both) for both in zip(*parts)]
+        parts.append(tape.gradient(target, tensors))
+    return [_seen(both, n) for both in zip(*parts)]
 
 
 def _both(n: int):
@@ -93,18 +98,26 @@ def _both(n: int):
 def mixing_layer(layers, seen):
     """The layer that makes examples depend on each other; None where they do not.
 
+    They do where both parts depend on one number, or already on the other's rows of what the model
+    is called with. Rows that are only in another order for a while are no example's but its own.
+
     Args:
       layers, seen: of all layers' outputs, in the order of the forward pass.
     """
-    mixed = [k for k, s in enumerate(seen) if s is not None and is_foreign(s)]
-    if not mixed:
-        return None
-    return layers[min(mixed[-1] + 1, len(layers) - 1)]
+    there = [k for k, s in enumerate(seen) if s is not None]
+    mixed = [k for k in there if _beyond_rounding(seen[k].shared, seen[k])]
+    if there and is_foreign(seen[there[0]]):
+        mixed += [k for k in there if is_foreign(seen[k])]
+    return layers[min(max(mixed) + 1, len(layers) - 1)] if mixed else None
 
 
 def is_foreign(seen: Seen) -> bool:
     """Whether S's outputs depend on rows of other examples, beyond rounding."""
-    return float(seen.foreign) > 1e-10 * float(seen.own)
+    return _beyond_rounding(seen.foreign, seen)
+
+
+def _beyond_rounding(square, seen) -> bool:
+    return float(square) > 1e-10 * max(float(seen.own), float(seen.foreign))
 
 
 def are_scrambled(seen: Seen) -> bool:
@@ -112,20 +125,22 @@ def are_scrambled(seen: Seen) -> bool:
     return is_foreign(seen) and float(seen.foreign) > 0.25 * float(seen.own)
 
 
-def loss_coupling(tape, loss, predictions, n: int):
-    """What a random function of the loss's gradient at S's outputs depends on.
+def loss_coupling(tape, loss, tensors, n: int):
+    """What a random function of the loss's gradient at S's rows of some tensors depends on.
 
-    It is the outputs of S alone, unless the loss lets examples act on each other: `Seen`, or None
-    where the gradient does not depend on the outputs (a loss that is linear in them).
+    It is S's rows alone, unless the loss lets examples act on each other: `Seen`, or None where the
+    gradient does not depend on them (a loss that is linear in them). What is linear piece by piece,
+    as a hinge between pairs of examples, is not seen.
 
     Args:
       tape: persistent, of the loss.
       loss: scalar.
+      tensors: those without a row for each example are left out.
     """
-    outputs = [p for p in real(predictions) if p.shape.rank and p.shape[0] == n]
-    parts: list[Seen | None] = []
+    tensors = [t for t in tensors if t.shape.rank and t.shape[0] == n]
     with _meant(), tape:
-        slopes = tape.gradient(loss, outputs)
+        slopes = tape.gradient(loss, tensors)
+    parts = []
     for chosen in _both(n):
         with _meant(), tape:
             total = [tf.zeros([], tf.float64)]
@@ -135,9 +150,10 @@ def loss_coupling(tape, loss, predictions, n: int):
                     terms = tf.boolean_mask(gradient * tf.cast(factors, gradient.dtype), chosen)
                     total.append(tf.cast(tf.reduce_sum(terms), tf.float64))
             target = tf.add_n(total)
-        bends = tape.gradient(target, outputs)
-        parts += [_seen(gradient, chosen, n) for gradient in bends if gradient is not None]
-    return _added(parts)
+        parts.append(tape.gradient(target, tensors))
+    seen = [_seen(both, n) for both in zip(*parts)]
+    seen = [s for s in seen if s is not None]
+    return Seen(*(tf.add_n(v) for v in zip(*seen))) if seen else None
 
 
 @contextlib.contextmanager
@@ -154,40 +170,94 @@ def _meant():
         tf.get_logger().removeFilter(others)
 
 
-def loss_apart(loss, x, y, predictions, sample_weight, training, n: int) -> list:
-    """Whether the loss lets examples act on each other, `[error]` per half of the batch.
+def loss_error(loss, x, y, predictions, sample_weight, of_batch=None):
+    """Whether the loss lets examples act on each other: above 1 if so, scalar.
 
-    The gradient of the loss of S alone, by S's outputs, is to be that of the whole batch's loss but
-    for one common factor (the number of examples, or of valid positions). The error is relative.
+    The gradient of the loss by S's outputs is to be the same whatever the outputs of the others are
+    (as it is not for the root of the mean square error); and that of the loss of S alone but for
+    one common factor (the number of examples, or of valid positions).
+
+    Args:
+      loss: `(x, y, predictions, sample_weight) -> ` scalar.
+      of_batch: `loss_gradient` of the rest, if known.
     """
-    if n < 2:
-        return []
-    outputs = real(predictions)
-    of_batch = _loss_gradient(loss, x, y, predictions, sample_weight, training)
+    data = x, y, predictions, sample_weight
+    n = examples.count((x, y))
+    there = [k for k, p in enumerate(real(predictions)) if _has_row(p, n)]
+    if n < 2 or not there:
+        return tf.zeros([])
+    before = loss_gradient(loss, *data) if of_batch is None else of_batch
+    before = [before[k] for k in there]
     errors = []
-    for rows in (slice(0, n // 2), slice(n // 2, n)):
-        data = examples.rows((x if loss.uses_inputs else None, y, sample_weight), rows)
-        part = keras.tree.map_structure(lambda p: _masked_rows(p, rows), predictions)  # noqa: B023
-        alone = _loss_gradient(loss, data[0], data[1], part, data[2], training)
-        among = [g[rows] for g, p in zip(of_batch, outputs) if p.shape.rank]
-        alone = [g for g, p in zip(alone, outputs) if p.shape.rank]
-        product = tf.add_n([tf.reduce_sum(a * b) for a, b in zip(among, alone)])
-        square = tf.add_n([tf.reduce_sum(b * b) for b in alone])
-        factor = tf.math.divide_no_nan(product, square)
-        error = [tf.reduce_max(tf.abs(a - factor * b)) for a, b in zip(among, alone)]
-        size = [tf.reduce_max(tf.abs(a)) for a in among]
-        errors.append(tf.math.divide_no_nan(tf.reduce_max(error), tf.reduce_max(size)))
-    return errors
+    for chosen in _both(n):
+        others = keras.tree.map_structure(lambda p: _replaced(p, chosen, n), predictions)  # noqa: B023
+        after = loss_gradient(loss, x, y, others, sample_weight)
+        errors.append(_change(before, [after[k] for k in there], chosen) / REPLACED)
+    if all(_has_row(v, n) for v in tf.nest.flatten(data) if tf.is_tensor(v)):
+        for rows in (slice(0, n // 2), slice(n // 2, n)):
+            given = examples.rows((x, y, sample_weight), rows)
+            part = keras.tree.map_structure(lambda p: _masked_rows(p, rows), predictions)  # noqa: B023
+            alone = loss_gradient(loss, given[0], given[1], part, given[2])
+            errors.append(unlike([g[rows] for g in before], [alone[k] for k in there]) / ALONE)
+    return tf.reduce_max(errors)
 
 
-def _loss_gradient(loss, x, y, predictions, sample_weight, training):
+REPLACED = 1e-5  # an error that is more than rounding, of numbers that are computed in one way
+ALONE = 1e-3  # and of others
+
+
+def _has_row(value, n):
+    return bool(value.shape.rank) and value.shape[0] == n
+
+
+def _change(before, after, chosen):
+    """The largest at these rows, relative to the largest value."""
+    pairs = [[tf.boolean_mask(g, chosen) for g in pair] for pair in zip(before, after)]
+    error = tf.reduce_max([_largest(a - b) for a, b in pairs])
+    size = tf.reduce_max([tf.maximum(_largest(a), _largest(b)) for a, b in pairs])
+    return tf.math.divide_no_nan(error, size)
+
+
+def unlike(among, alone):
+    """How far a list of tensors is from another times a factor, the best; relative.
+
+    Where the one is zero and the other is not, no factor is.
+    """
+    among, alone = ([tf.cast(v, tf.float32) for v in values] for values in (among, alone))
+    product = tf.add_n([tf.reduce_sum(a * b) for a, b in zip(among, alone)])
+    square = tf.add_n([tf.reduce_sum(b * b) for b in alone])
+    factor = tf.math.divide_no_nan(product, square)
+    error = tf.reduce_max([_largest(a - factor * b) for a, b in zip(among, alone)])
+    size = tf.reduce_max([_largest(a) for a in among])
+    lost = tf.cast((size == 0) & (square > 0), tf.float32)
+    return tf.math.divide_no_nan(error, size) + lost
+
+
+def _replaced(prediction, chosen, n):
+    """Others than those of S are changed; what is a probability still is one, and not 0 or 1."""
+    if prediction is None or not tf.is_tensor(prediction) or not prediction.dtype.is_floating:
+        return prediction
+    if not _has_row(prediction, n):
+        return prediction
+    mine = tf.reshape(chosen, [n] + [1] * (prediction.shape.rank - 1))
+    half = tf.cast(0.5, prediction.dtype) * prediction
+    changed = tf.where(mine, prediction, half + tf.cast(0.1, prediction.dtype))
+    keras_internals.set_mask(changed, keras_internals.mask_of(prediction))
+    return changed
+
+
+def _largest(values):
+    return tf.reduce_max(tf.abs(values)) if 0 not in values.shape else tf.zeros([], values.dtype)
+
+
+def loss_gradient(loss, x, y, predictions, sample_weight):
     """The gradient of a batch's loss by the outputs, as float32 tensors like the real outputs."""
     copies = keras.tree.map_structure(lambda p: _masked_rows(p, slice(None)), predictions)
     outputs = real(copies)
     with tf.GradientTape() as tape:
         tape.watch(outputs)
         with keras.StatelessScope():
-            value = tf.reduce_sum(loss(x, y, copies, sample_weight, training))
+            value = tf.reduce_sum(loss(x, y, copies, sample_weight))
     gradients = tape.gradient(value, outputs, unconnected_gradients="zero")
     return [tf.cast(g, tf.float32) for g in gradients]
 

@@ -67,6 +67,7 @@ class _Entry:
       merged: the variables whose sums would lose digits.
       scale: if wide, by which the gradients are multiplied that are added up.
       told: whether a micro-batch was asked for these two.
+      weighs: whether it was said that an example alone has another weight than in a batch.
       rounds: how often data were measured again because of such ones.
     """
 
@@ -80,6 +81,7 @@ class _Entry:
     merged: set = dataclasses.field(default_factory=set)
     scale: float = 1.0
     told: bool = False
+    weighs: bool = False
     rounds: int = 0
 
 
@@ -288,6 +290,9 @@ class Stream:
         state = self._one(self._step(single=True), None, None, *self._empty(), index, batch)
         if examined is None:
             return state
+        if examined.weighs and not entry.weighs:
+            entry.weighs = True
+            logging.warning("%s", checking.weighs(self.model, self.loss))
         finite = int(state[1]) < 0 and checking.are_finite(examined.gradients)
         if self.engine != "layerwise":
             if finite:

@@ -7,6 +7,8 @@ Python, between two steps. Index letters: n example.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 import tensorflow as tf
@@ -56,16 +58,32 @@ def plan_for(model) -> Plan:
     return Plan(layerwise.whole_layers(model))
 
 
-def first_checks(plan, model, tapes, seen_pass, loss, predictions, n, of_loss) -> dict:
+class LossPass(NamedTuple):
+    """How the loss came from the outputs.
+
+    Attributes:
+      value: the loss, times what mixed precision scales it by.
+      tape: persistent, sees it.
+      again: `(x, y, predictions, sample_weight) -> ` the loss.
+      given: what it was called with.
+      operations: that it consists of; none where it is not traced.
+    """
+
+    value: tf.Tensor
+    tape: tf.GradientTape
+    again: Callable
+    given: tuple
+    operations: list
+
+
+def first_checks(plan, model, tape, seen_pass, loss: LossPass, n) -> dict:
     """Whether examples act on each other, and where the rows of each call are.
 
     Args:
-      tapes: persistent, of the forward pass with the loss, and one that sees how the loss comes
-        from the outputs.
+      tape: persistent, of the forward pass.
       seen_pass: the `capture.Pass` of it.
-      loss, predictions: what came of it.
+      loss: what came of it.
       n: the number of examples; nothing is said where it is not known when traced.
-      of_loss: the operations of the loss, of which a second gradient is taken.
     """
     # TensorFlow gives the gradient of a Python function once only.
     if not isinstance(n, int) or any("PyFunc" in op.type for op in operations()):
@@ -86,16 +104,41 @@ def first_checks(plan, model, tapes, seen_pass, loss, predictions, n, of_loss) -
     firsts = [next(z for z in tf.nest.flatten(call.output) if z.shape.rank) for call in folded]
     looked_at = [*outputs, *firsts]
     try:
-        seen = independence.rows_seen(tapes[0], predictions, looked_at, n) if looked_at else []
-        coupling = None
-        if not any(op.type in _NOT_TWICE for op in of_loss):
-            coupling = independence.loss_coupling(tapes[1], loss, predictions, n)
+        seen = independence.rows_seen(tape, loss.given[2], looked_at, n) if looked_at else []
+        coupling = _coupling(model, outputs, loss, n)
     except Exception:  # an op without a second gradient: nothing is seen, and training goes on
         return {}
-    pairs = [(-1.0, 0.0) if s is None else (s.own, s.foreign) for s in [*seen, coupling]]
-    return {"rows": tf.stack([tf.stack(p) for p in pairs])}
+    rows = [(-1.0, 0.0, 0.0) if s is None else tuple(s) for s in [*seen, coupling]]
+    return {"rows": tf.stack([tf.stack(r) for r in rows])}
 
 
+def _coupling(model, outputs, loss, n):
+    """`independence.Seen` of the loss, or None where nothing can be said.
+
+    A loss that keeps nothing is computed again, for other outputs and for half of the examples. Of
+    others, and of what the model adds to its loss, a second gradient is taken.
+
+    Args:
+      outputs: of layers.
+    """
+    predictions = independence.real(loss.given[2])
+    adds = losses.adds(model)
+    if not adds and loss.operations and not any(_keeps(op) for op in loss.operations):
+        error = independence.loss_error(loss.again, *loss.given)
+        return independence.Seen(tf.ones([]), tf.square(error), tf.zeros([]))
+    tensors = [*outputs, *predictions] if adds else predictions
+    passed = operations() if adds else loss.operations
+    if any(op.type in _NOT_TWICE for op in passed):
+        return None
+    return independence.loss_coupling(loss.tape, loss.value, tensors, n)
+
+
+def _keeps(op) -> bool:
+    """Whether an operation may change or draw something when it is made again."""
+    return op.op_def is None or op.op_def.is_stateful and op.type not in _READ
+
+
+_READ = ("ReadVariableOp", "ResourceGather")
 # What may hold operations whose second gradient fails only when it is run.
 _NOT_TWICE = ("While", "StatelessWhile", "PartitionedCall", "StatefulPartitionedCall")
 
@@ -148,7 +191,7 @@ _OUTSIDE = (
 
 def _learn_rows(model, plan, checks) -> list[str]:
     """Which calls have rows that are not the examples' in turn; whether examples act on others."""
-    rows = np.asarray(checks["rows"]) if "rows" in checks else np.zeros([0, 2])
+    rows = np.asarray(checks["rows"]) if "rows" in checks else np.zeros([0, 3])
     seen = [independence.Seen(*row) if row[0] >= 0 else None for row in rows]
     told = []
     coupling = seen.pop() if seen else None
@@ -164,7 +207,10 @@ def _learn_rows(model, plan, checks) -> list[str]:
     if mixing is not None:
         plan.contributions = f"layer {mixing.name!r} ({type(mixing).__name__})"
     if coupling is not None and independence.is_foreign(coupling):
-        plan.contributions = f"the loss {losses.names_of(model)!r}"
+        if not losses.adds(model):
+            plan.contributions = f"the loss {losses.names_of(model)!r}"
+        elif mixing is None:  # through which what is added would act, too
+            plan.contributions = "a loss that the model adds (add_loss)"
     if plan.contributions:
         told.append(
             f"{plan.contributions} lets the examples of a batch act on each other. Training is "

@@ -16,6 +16,7 @@ which mixed precision scales the loss.
 from __future__ import annotations
 
 import contextlib
+import functools
 
 import keras
 import tensorflow as tf
@@ -24,7 +25,7 @@ from tf_gsnr import keras_internals
 from tf_gsnr.gradients import distributed, independence, losses
 from tf_gsnr.gradients.layerwise import capture, rules
 from tf_gsnr.training import contributions, gap
-from tf_gsnr.training.plan import CHECKS, Plan, first_checks, operations
+from tf_gsnr.training.plan import CHECKS, LossPass, Plan, first_checks, operations
 
 
 def measured(model, plan: Plan, meter, data, *, every: int = 1, due=True) -> dict:
@@ -51,13 +52,12 @@ def measured(model, plan: Plan, meter, data, *, every: int = 1, due=True) -> dic
             apart = first and not losses.adds(model)  # what is added does not come from the outputs
             with _tape_from(predictions) if apart else contextlib.nullcontext(tape) as loss_tape:
                 given = x, y, predictions, sample_weight
-                given = as_traced(given, plan.hides_batch_size)
-                loss = keras_internals.loss_of_batch(model, *given, training=True)
+                loss = _loss(model, plan, *given)
+                of_loss = operations()[len(before) :]
                 scaled = model.optimizer.scale_loss(loss)
         tracker = keras_internals.loss_tracker(model)
         if tracker is not None:
             tracker.update_state(loss * replicas(), sample_weight=n)
-    end = len(operations())
     watched = seen_pass.watched()
     gradients = tape.gradient(scaled, [*watched, *(v.value for v in variables)])
     ordinary = gradients[len(watched) :]
@@ -71,12 +71,13 @@ def measured(model, plan: Plan, meter, data, *, every: int = 1, due=True) -> dic
     )
     checks = {}
     if first:
-        of_loss = operations()[len(before) : end]
-        tapes = tape, loss_tape
-        checks = first_checks(plan, model, tapes, seen_pass, scaled, predictions, n, of_loss)
+        again = functools.partial(_loss, model, plan)
+        loss_pass = LossPass(scaled, loss_tape, again, given, of_loss)
+        checks = first_checks(plan, model, tape, seen_pass, loss_pass, n)
     del tape, loss_tape
 
     model.optimizer.apply_gradients(zip(ordinary, variables))
+    given = as_traced(given, plan.hides_batch_size)
     logs = model.compute_metrics(*given[:3], sample_weight=given[3])
     _refuse_names(logs, meter)
     if isinstance(model.optimizer, keras.optimizers.LossScaleOptimizer):
@@ -126,6 +127,12 @@ def _hidden(value):
     mask = keras_internals.mask_of(value)
     keras_internals.set_mask(hidden, None if mask is None else _hidden(mask))
     return hidden
+
+
+def _loss(model, plan, *given):
+    """Keras's loss of `(x, y, predictions, sample_weight)`, as its own step computes it."""
+    given = as_traced(given, plan.hides_batch_size)
+    return keras_internals.loss_of_batch(model, *given, training=True)
 
 
 def _called(model, x):
