@@ -200,6 +200,21 @@ def test_rows_in_another_order(back, caplog):
             tf_gsnr.gradient_moments(model, X, Y)
 
 
+def test_a_layer_whose_gradients_are_rounding_alone(caplog):
+    """One number divided by its size is 1 or -1: what is left is no gradient, and no mistake."""
+    keras.utils.set_random_seed(0)
+    inputs = keras.Input([6])
+    h = L.UnitNormalization()(L.Dense(1, "softplus", name="idle")(inputs))
+    model = keras.Model(inputs, L.Dense(1)(L.Concatenate()([h, L.Dense(4, "tanh")(inputs)])))
+    model.compile("sgd", "mse")
+    with caplog.at_level("WARNING"):
+        found = tf_gsnr.gradient_moments(model, X, Y)
+        tf_gsnr.GSNRModel(model).fit(X, Y, 16, verbose=0)
+    assert np.abs(found.mean[0]).max() < 1e-6
+    said = [r.getMessage() for r in caplog.records]
+    assert not any("measured" in line or "engine" in line for line in said), said
+
+
 class DividedByLargest(L.Layer):
     def call(self, x):
         return x / keras.ops.max(keras.ops.abs(x))

@@ -6,10 +6,12 @@ scope. Index letters: n example.
 
 from __future__ import annotations
 
+import numpy as np
 import tensorflow as tf
 
 TOLERANCE = {"float64": 1e-8, "float32": 1e-3}  # of others (half precision): 0.1
 ROUNDING = {"float64": 1e-12, "float32": 1e-5}  # of sums of gradients that cancel; others 0.05
+NOTHING = {"float64": 1e-14, "float32": 1e-6}  # of the model's largest gradients; others 0.01
 ZERO, UNUSED, AGREES, DIFFERS = range(4)  # what a comparison may find, the worst last
 
 
@@ -20,8 +22,9 @@ class NotConserved(ValueError):
 def compared(variables, precision, ours, theirs, variances):
     """Whether sums of per-example gradients are the ordinary gradients, int32 `[variables]`.
 
-    `ZERO`, where both are exactly zero or one is not finite, is no agreement: nothing was compared
-    with nothing.
+    `ZERO`, where both are zero or one is not finite, is no agreement: nothing was compared with
+    nothing. So it is where they differ by rounding of the rest of the model's gradients, as behind
+    a layer through which, in exact numbers, no gradient passes.
 
     Args:
       variables: of which, for their layers.
@@ -49,8 +52,10 @@ def judged(variables, precision, error, size, variances):
     index = [layers.setdefault(v.path.rpartition("/")[0], len(layers)) for v in variables]
     noise = tf.gather(tf.math.unsorted_segment_max(spreads, index, len(layers)), index)
     small = TOLERANCE.get(precision, 0.1) * size + ROUNDING.get(precision, 0.05) * noise
+    least = NOTHING.get(precision, 0.01) * tf.reduce_max(tf.where(spreads < np.inf, spreads, 0))
     nothing = (size == 0) & (error == 0) | ~tf.math.is_finite(error)
-    return tf.where(nothing, ZERO, tf.where(error <= small, AGREES, DIFFERS))
+    differs = tf.where(error <= least, ZERO, DIFFERS)
+    return tf.where(nothing, ZERO, tf.where(error <= small, AGREES, differs))
 
 
 def stacked(scalars):
