@@ -277,6 +277,11 @@ ZOO = {
         lambda: L.EinsumDense("abde,def->abf", (5, 3)),
         shape=(5, 2),
     ),
+    "einsum_bias_of_two_axes": _stack(  # as many positions as heads: Keras adds it along these
+        lambda: L.EinsumDense("abc,cde->abde", (2, 2, 1), bias_axes="de", activation="tanh"),
+        L.Flatten,
+        shape=(2, 3),
+    ),
     "einsum_ellipsis": _stack(
         lambda: L.EinsumDense("...x,xy->...y", 3, bias_axes="y", activation="tanh"),
         L.GlobalAveragePooling1D,

@@ -332,6 +332,19 @@ def test_a_training_that_diverges_goes_on_as_it_would_have(caplog, tmp_path):
     assert (tmp_path / "run" / "page.html").exists()
 
 
+@pytest.mark.parametrize("rate", [1e6, 1e18])  # the weights after the first epoch are finite
+def test_a_training_that_diverges_in_its_first_epoch_goes_on(rate):
+    def trained(*callbacks):
+        keras.utils.set_random_seed(0)
+        model = keras.Sequential([keras.Input([5]), keras.layers.Dense(3)])
+        model.compile(keras.optimizers.SGD(rate), "mse")
+        callbacks = [*callbacks, keras.callbacks.TerminateOnNaN()]
+        history = model.fit(X, X[:, :3], 8, epochs=3, verbose=0, callbacks=callbacks)
+        return history.history["loss"]
+
+    assert trained() == trained(tf_gsnr.GSNRCallback(X, X[:, :3]))
+
+
 def test_a_model_that_fit_builds_is_measured_as_soon_as_it_is_built():
     model = keras.Sequential([keras.layers.Dense(3)])
     model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))

@@ -215,6 +215,90 @@ def test_a_layer_whose_gradients_are_rounding_alone(caplog):
     assert not any("measured" in line or "engine" in line for line in said), said
 
 
+class WithRowsOfItsOwn(keras.Model):
+    """Calls its layers once more while the loss is computed."""
+
+    def __init__(self, rows):
+        super().__init__()
+        self.hidden, self.out, self.rows = L.Dense(4, "tanh"), L.Dense(1), rows
+
+    def call(self, x):
+        return self.out(self.hidden(x))
+
+    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
+        rows = self.rows(x)
+        return keras.ops.mean((y_pred - y) ** 2) + keras.ops.mean((self(rows) - 1) ** 2)
+
+
+class WithHead(WithRowsOfItsOwn):
+    """A head that only the loss asks for: its rows are the examples'."""
+
+    def __init__(self):
+        super().__init__(None)
+        self.head = L.Dense(2)
+
+    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
+        other = keras.ops.mean(self.head(y_pred) ** 2)
+        return keras.ops.mean((y_pred - y) ** 2) + other + keras.ops.mean(self(x + 1) ** 2)
+
+
+class Positions(L.Layer):
+    """As many positions as a batch has examples: their rows are no example's."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = L.Embedding(16, 3)
+
+    def call(self, x):
+        return x[..., None] * self.table(keras.ops.arange(16))
+
+
+def with_positions():
+    return keras.Sequential([keras.Input([16]), Positions(), L.Flatten(), L.Dense(1, name="out")])
+
+
+def not_measured(caplog):
+    lines = [r.getMessage() for r in caplog.records]
+    return {line.split(": ")[1].split()[0] for line in lines if "not measured" in line}
+
+
+@pytest.mark.parametrize("rows", [lambda x: X[:16] + 1, lambda x: keras.ops.sort(x, axis=0)])
+def test_layers_that_the_loss_calls_on_rows_of_its_own(rows, caplog):
+    """As many as a batch has examples: points of an equation, or the examples in another order."""
+    with caplog.at_level("WARNING"):
+        trained(lambda: WithRowsOfItsOwn(rows), True, x=X, batch_size=16, epochs=1)
+    assert len(not_measured(caplog)) == 4
+
+
+def test_moments_where_the_loss_calls_layers():
+    model = WithRowsOfItsOwn(lambda x: X[:16] + 1)
+    model(X[:1])
+    model.compile("sgd")
+    found = tf_gsnr.gradient_moments(model, X[:16], Y[:16], batch_size=16)
+    each = []
+    for n in range(16):
+        with tf.GradientTape() as tape:
+            x, y = X[n : n + 1], Y[n : n + 1]
+            value = model.compute_loss(x, y, model(x))
+        each.append(tape.gradient(value, model.trainable_variables))
+    for variance, gradients in zip(found.variance(), zip(*each)):
+        np.testing.assert_allclose(variance, np.var(gradients, axis=0), rtol=1e-3, atol=1e-7)
+
+
+def test_layers_that_the_loss_calls_on_the_examples(caplog):
+    with caplog.at_level("WARNING"):
+        trained(WithHead, True, batch_size=16, epochs=1)
+    assert not not_measured(caplog) and not said_of_others(caplog)
+
+
+def test_rows_that_all_examples_share(caplog):
+    x = RNG.normal(size=[48, 16]).astype("float32")
+    with caplog.at_level("WARNING"):
+        trained(with_positions, True, x=x, batch_size=16, epochs=1)
+    assert [path.split("/")[-1] for path in not_measured(caplog)] == ["embeddings"]
+    assert not said_of_others(caplog)
+
+
 class DividedByLargest(L.Layer):
     def call(self, x):
         return x / keras.ops.max(keras.ops.abs(x))

@@ -172,8 +172,10 @@ def refuse_unlike(model, x, moments, seen: examination.Examined, options):
     if wrong and not examination.is_random(model, x, modes, training=training):
         raise conservation.NotConserved(
             f"model {model.name!r}: the gradients of examples that are run one by one do not add "
-            f"up, for {', '.join(wrong)}, to the ordinary gradient of the batch: the model treats "
-            "a single example otherwise than a batch, or an operation is vectorised wrongly"
+            f"up, for {', '.join(wrong)}, to the ordinary gradient of the batch: the loss draws "
+            "random numbers, the model treats a single example otherwise than a batch, or an "
+            "operation is vectorised wrongly. To measure each example's contribution to the "
+            "gradient of its micro-batch instead, pass contributions=True"
         )
 
 

@@ -448,6 +448,16 @@ def check_labels(model, y, start, error):
             ) from error
 
 
+def not_finite(arrays) -> np.ndarray:
+    """The examples that hold NaN or infinity, int `[some]`, in nested dense arrays of examples."""
+    wrong = np.zeros(0, int)
+    for value in tf.nest.flatten(arrays):
+        if isinstance(value, (np.ndarray, tf.Tensor)) and np.asarray(value).dtype.kind == "f":
+            rows = np.asarray(value).reshape(len(value), -1)
+            wrong = np.union1d(wrong, np.flatnonzero(~np.isfinite(rows).all(axis=1)))
+    return wrong
+
+
 class NotFinite(ValueError):
     """A loss or a gradient is NaN or infinite; the message says of which example."""
 

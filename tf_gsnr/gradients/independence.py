@@ -90,6 +90,50 @@ def rows_seen(tape, predictions, tensors, n: int) -> list:
     return [_seen(both, n) for both in zip(*parts)]
 
 
+def rows_of(tape, tensor, sources, n: int) -> Seen | None:
+    """What S's rows of a tensor come from: rows of S, or others, of what has rows of examples.
+
+    None where it comes from none of the sources, or has not the same number of rows per example.
+    """
+    if not sources or not _has_rows(tensor, n):
+        return None
+    parts = []
+    for chosen in _both(n):
+        with tape:
+            rows = arrays.rows_of_examples(tensor, n)
+            factors = tf.cast(tf.random.stateless_normal(tf.shape(rows), [3, 7]), rows.dtype)
+            terms = tf.reshape(rows * factors, [n, -1])
+            target = tf.reduce_sum(tf.boolean_mask(terms, chosen))
+        parts.append(tape.gradient(target, sources))
+    return _together(_seen(both, n) for both in zip(*parts))
+
+
+def _together(seen) -> Seen | None:
+    there = [s for s in seen if s is not None]
+    return Seen(*(tf.add_n(v) for v in zip(*there))) if there else None
+
+
+def come_from(tensors, sources) -> list:
+    """Whether each tensor is computed from values of the sources, not from their sizes alone.
+
+    It is told from the graph; outside of one it is taken for granted.
+    """
+    if tf.executing_eagerly():
+        return [True] * len(tensors)
+    marked = {id(v.op) for v in tf.nest.flatten(sources, expand_composites=True) if _in_graph(v)}
+    for op in tf.compat.v1.get_default_graph().get_operations():
+        if op.type not in _OF_SIZES and any(id(v.op) in marked for v in op.inputs):
+            marked.add(id(op))
+    return [id(v.op) in marked for v in tensors]
+
+
+_OF_SIZES = ("Shape", "ShapeN", "Size", "Rank", "ZerosLike", "OnesLike")
+
+
+def _in_graph(value):
+    return isinstance(value, tf.Tensor) and not hasattr(value, "numpy")
+
+
 def _both(n: int):
     chosen = part_of(n)
     return chosen, ~chosen
@@ -151,9 +195,7 @@ def loss_coupling(tape, loss, tensors, n: int):
                     total.append(tf.cast(tf.reduce_sum(terms), tf.float64))
             target = tf.add_n(total)
         parts.append(tape.gradient(target, tensors))
-    seen = [_seen(both, n) for both in zip(*parts)]
-    seen = [s for s in seen if s is not None]
-    return Seen(*(tf.add_n(v) for v in zip(*seen))) if seen else None
+    return _together(_seen(both, n) for both in zip(*parts))
 
 
 @contextlib.contextmanager

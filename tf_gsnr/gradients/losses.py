@@ -224,9 +224,9 @@ def name_of(loss) -> str:
 
 
 def names_of(owner) -> str:
-    """The names of the losses that a model was compiled with."""
+    """The names of the losses that a model was compiled with; of a loss of its own, that name."""
     given = getattr(owner, "loss", None)
-    if given is None:
+    if given is None or owner.__class__.compute_loss is not keras.Model.compute_loss:
         return "compute_loss"
     names = [getattr(v, "name", getattr(v, "__name__", v)) for v in keras.tree.flatten(given)]
     return ", ".join(str(name) for name in names if name is not None)

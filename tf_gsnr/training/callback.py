@@ -239,13 +239,24 @@ class GSNRCallback(keras.callbacks.Callback):
 
     def _refuse_what_cannot_be_measured(self):
         """Measures one micro-batch, so that what is refused is refused before training."""
-        x, y = self._first_batch(self._x, self._y)
-        weight = self._options["sample_weight"]
-        if weight is not None:
-            weight = data.rows(weight, slice(0, self._batch_size))
-        measure.gradient_moments(self.model, x, y, **dict(self._options, sample_weight=weight))
+        self._measure_some(*self._first_batch(self._x, self._y), slice(0, self._batch_size))
+        if not data.is_stream(self._x):
+            n = data.not_finite((self._x, self._y))[: self._batch_size]
+            if n.size:  # which a loss may well leave out
+                try:
+                    self._measure_some(*data.rows((self._x, self._y), n), n)
+                except data.NotFinite as error:
+                    raise data.NotFinite(
+                        f"x or y of example {n[0]} is not finite, and neither is what comes of it; "
+                        "expected finite numbers, or such as the loss leaves out"
+                    ) from error
         if self._test is not None:
             _named("test_data", self._refuse_test_data)
+
+    def _measure_some(self, x, y, taken):
+        weight = self._options["sample_weight"]
+        weight = None if weight is None else data.rows(weight, taken)
+        measure.gradient_moments(self.model, x, y, **dict(self._options, sample_weight=weight))
 
     def _first_batch(self, x, y):
         """The first micro-batch, as `gradient_moments` takes it."""
@@ -334,9 +345,9 @@ class GSNRCallback(keras.callbacks.Callback):
                 f"the probe set does not fit model {self.model.name!r}: {error.message}"
             ) from error
         except data.NotFinite as error:
-            if not self._rows and self._is_finite():
-                raise  # it is the probe set's
-            # The training diverged, and goes on as it would have.
+            if self.step == 0 and self._is_finite():
+                raise  # it is the probe set's, and nothing is lost yet
+            # The training diverged, or seems to, and goes on as it would have.
             self._latest = dict.fromkeys(self._latest, math.nan)
             self._untold = {str(error): list(self._latest)}
             return

@@ -29,7 +29,7 @@ class Plan:
       folds: `(id(layer), k) -> ` rows per example of the layer's k-th call.
       uneven: `(id(layer), k)` of calls whose number of rows depends on the data.
       layers: of the outputs that the first step looked at, in order.
-      folded: the layers of which an example has several rows, call by call.
+      called: the layers whose calls the loss depends on, call by call.
       reasons: `id(variable) -> ` why no rule and no fallback measures it, of the last trace.
       missed: variables that no call accounts for, of the last trace.
       settled: whether the first step is done.
@@ -44,7 +44,7 @@ class Plan:
     folds: dict = dataclasses.field(default_factory=dict)
     uneven: set = dataclasses.field(default_factory=set)
     layers: list = dataclasses.field(default_factory=list)
-    folded: list = dataclasses.field(default_factory=list)
+    called: list = dataclasses.field(default_factory=list)
     reasons: dict = dataclasses.field(default_factory=dict)
     missed: list = dataclasses.field(default_factory=list)
     settled: bool = False
@@ -89,10 +89,10 @@ def first_checks(plan, model, tape, seen_pass, loss: LossPass, n) -> dict:
     if not isinstance(n, int) or any("PyFunc" in op.type for op in operations()):
         return {}
     norms = network.batch_norms(model)
-    layers, outputs = ((), ()) if norms else _looked_at(seen_pass.outputs)
+    layers, outputs = ((), ()) if norms else _looked_at(seen_pass.outputs, loss.given[0])
     plan.layers = list(layers)
-    folded = [call for call in seen_pass.calls if call.used and call.folded]
-    plan.folded = [call.layer for call in folded]
+    used = [call for call in seen_pass.calls if call.used]
+    plan.called = [call.layer for call in used]
     places, counts = {}, {}
     for call in seen_pass.calls:
         k = counts[id(call.layer)] = counts.get(id(call.layer), -1) + 1
@@ -101,15 +101,30 @@ def first_checks(plan, model, tape, seen_pass, loss: LossPass, n) -> dict:
     plan.folds = {key: f for key, f in known.items() if f == 1 or not plan.sizes_vary}
     if n < 2:
         return {}
-    firsts = [next(z for z in tf.nest.flatten(call.output) if z.shape.rank) for call in folded]
-    looked_at = [*outputs, *firsts]
+    firsts = [next(z for z in tf.nest.flatten(call.output) if z.shape.rank) for call in used]
     try:
-        seen = independence.rows_seen(tape, loss.given[2], looked_at, n) if looked_at else []
+        seen = independence.rows_seen(tape, loss.given[2], [*outputs, *firsts], n)
+        if any(seen):
+            _look_from_data(tape, loss.given[0], seen, firsts, n)
         coupling = _coupling(model, outputs, loss, n)
     except Exception:  # an op without a second gradient: nothing is seen, and training goes on
         return {}
     rows = [(-1.0, 0.0, 0.0) if s is None else tuple(s) for s in [*seen, coupling]]
     return {"rows": tf.stack([tf.stack(r) for r in rows])}
+
+
+def _look_from_data(tape, x, seen, firsts, n):
+    """Puts into the last of `seen` what calls depend on that no output of the model depends on.
+
+    Such as are made while the loss is computed, on examples or on rows of its own. Their rows are
+    compared with those of the data and of the calls that outputs do depend on.
+    """
+    of_calls = seen[-len(firsts) :]
+    known = [v for v in tf.nest.flatten(x) if tf.is_tensor(v) and v.dtype.is_floating]
+    known += [z for z, one in zip(firsts, of_calls) if one is not None]
+    for k, (z, one) in enumerate(zip(firsts, of_calls), len(seen) - len(firsts)):
+        if one is None:
+            seen[k] = independence.rows_of(tape, z, known, n)
 
 
 def _coupling(model, outputs, loss, n):
@@ -151,8 +166,14 @@ def operations() -> list:
 MOST = 24  # outputs looked at: what a layer mixes shows at every output before it
 
 
-def _looked_at(outputs) -> tuple:
-    """Layers and outputs, some of many, evenly spaced from the first on."""
+def _looked_at(outputs, x) -> tuple:
+    """Layers and outputs, some of many, evenly spaced from the first on.
+
+    Of those that come from the data: what all examples share (positions, prototypes) is no example
+    that acts on others.
+    """
+    there = independence.come_from([z for _, z in outputs], x)
+    outputs = [pair for pair, comes in zip(outputs, there) if comes]
     if not outputs:
         return (), ()
     every = -(-len(outputs) // MOST)
@@ -184,8 +205,8 @@ def learn(model, plan: Plan, checks: dict, status) -> list[str]:
 
 
 _OUTSIDE = (
-    "what passes through its layer is not the whole of its gradient, so it is used outside the "
-    "call of its own layer as well, now and then at least"
+    "what passes through the calls of its layer does not add up to its gradient, now and then at "
+    "least: it is used outside of them as well, or the layer keeps a state or rounds its numbers"
 )
 
 
@@ -195,12 +216,14 @@ def _learn_rows(model, plan, checks) -> list[str]:
     seen = [independence.Seen(*row) if row[0] >= 0 else None for row in rows]
     told = []
     coupling = seen.pop() if seen else None
-    for layer, one in zip(plan.folded, seen[len(plan.layers) :]):
+    of_calls = seen[len(plan.layers) :]
+    for layer, one in zip(plan.called, of_calls if any(of_calls) else ()):
         if one is None or independence.are_scrambled(one):
             why = f"the rows of layer {layer.name!r} cannot be told to be the examples' in turn"
             for variable in layer.trainable_variables:
+                if id(variable) not in plan.unmeasured:
+                    told.append(f"{variable.path} is trained, but not measured: {why}")
                 plan.unmeasured[id(variable)] = why
-                told.append(f"{variable.path} is trained, but not measured: {why}")
     norms = network.batch_norms(model)
     mixing = independence.mixing_layer(plan.layers, seen[: len(plan.layers)])
     mixing = norms[0] if norms else mixing

@@ -111,7 +111,10 @@ def _pass(model, loss_of, x, n, seeds, training, added):
                 predictions = model(x, training=training)
                 if not added:
                     check_no_added_losses(model)
+                calls, hidden = len(found.calls), len(found.hidden)
                 each, target = loss_of(predictions)
+                if not added and len(found.calls) + len(found.hidden) > calls + hidden:
+                    _refuse_calls_of_loss(model, [*found.calls[calls:]], found.hidden[hidden:])
         watched = found.watched()
         gradients = tape.gradient(target, watched + sources)
         found.set_gradients(gradients[: len(watched)])
@@ -139,6 +142,16 @@ def _pass(model, loss_of, x, n, seeds, training, added):
                 "it out; use engine='vectorized', or engine='auto', which does so by itself"
             )
         whole = larger
+
+
+def _refuse_calls_of_loss(model, calls, hidden):
+    """Raises `NotConserved`: the loss calls layers, on rows that it alone knows."""
+    layer = [*(call.layer for call in calls), *hidden][0]
+    raise conservation.NotConserved(
+        f"model {model.name!r}: its loss calls layer {layer.name!r}, on rows that need not be the "
+        "examples': use engine='vectorized', which runs each example alone, or engine='auto', "
+        "which does so by itself"
+    )
 
 
 def check_no_added_losses(model):

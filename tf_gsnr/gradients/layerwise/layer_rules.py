@@ -44,6 +44,8 @@ def einsum_dense(call):
     layer = call.layer
     if _is_adapted(layer) or call.folded:
         return None
+    if layer.bias is not None and len(layer.bias.shape) > 1 and 1 in layer.bias.shape:
+        return None  # Keras may add it along another axis of the same size: [2, 1] to [n, 2, 2, 1]
     operands, made = layer.equation.replace(" ", "").split("->")
     source, kernel = operands.split(",")
     free = [c for c in string.ascii_letters if c not in operands + made]
