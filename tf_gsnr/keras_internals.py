@@ -79,6 +79,25 @@ def set_mask(tensor, mask):
         tensor._keras_mask = mask
 
 
+def logits_of(tensor):
+    """What a softmax or sigmoid of Keras was made of, which crossentropies use in its place."""
+    return getattr(tensor, "_keras_logits", None)
+
+
+def set_logits(tensor, logits):
+    """Attaches logits, as Keras does, unless they are None."""
+    if logits is not None:
+        tensor._keras_logits = logits
+
+
+def attached(made, tensor, change):
+    """Gives `made`, a changed tensor, what Keras attached to that tensor, changed likewise."""
+    for of, give in ((mask_of, set_mask), (logits_of, set_logits)):
+        value = of(tensor)
+        give(made, None if value is None else change(value))
+    return made
+
+
 # A layer looks `call`, its activation and the like up on itself, so that a function put there takes
 # the place of its class's.
 

@@ -147,6 +147,9 @@ def _compared(model, moments, gradients):
     variances = [np.max(np.asarray(s, np.float64), initial=0) / n for s in moments.m2]
     ordinary = [np.zeros_like(m) if g is None else g / n for g, m in zip(gradients, means)]
     precision = network.precision(model)
+    kinds = {str(v.dtype) for v in [*variables, *moments.mean]}
+    if precision == "float64" and kinds != {"float64"}:  # LoRA's variables; moments asked for so
+        precision = "float32"
     status = conservation.compared(variables, precision, means, ordinary, variances).numpy()
     return status, [v.path for v, s in zip(variables, status) if s == conservation.DIFFERS]
 

@@ -106,7 +106,7 @@ def examine(model, loss, batch, seeds, modes, *, training, contributions) -> Exa
         gradients = [None if g is None else np.asarray(tf.convert_to_tensor(g)) for g in gradients]
         layers, outputs = zip(*seen_pass.outputs) if seen_pass.outputs else ((), ())
         seen = independence.rows_seen(tape, predictions, list(outputs), n) if n > 1 else []
-        outputs_of_model = independence.real(predictions)
+        outputs_of_model = independence.sources(predictions)
         slopes = tape.gradient(value, outputs_of_model, unconnected_gradients="zero")
         added_act = adds and n > 1 and _added_act(model, x, tape, outputs, n, seeds, training)
         del tape

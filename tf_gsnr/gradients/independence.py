@@ -6,6 +6,7 @@ Index letters: n example, S a part of the batch.
 from __future__ import annotations
 
 import contextlib
+import itertools
 from typing import NamedTuple
 
 import keras
@@ -17,9 +18,14 @@ from tf_gsnr.gradients import examples
 
 
 def part_of(n: int):
-    """bool `[n]`: which examples are S, some at random, so that it cuts pairs of any order."""
-    chosen = np.random.default_rng(0).permutation(n) < n // 2
-    return chosen
+    """bool `[n]`: which examples are S, some at random, so that it cuts pairs of any order.
+
+    No S is taken that is the same in a batch turned round.
+    """
+    for seed in itertools.count():
+        chosen = np.random.default_rng(seed).permutation(n) < n // 2
+        if n < 2 or (chosen != chosen[::-1]).any():
+            return chosen
 
 
 class Seen(NamedTuple):
@@ -225,7 +231,7 @@ def loss_error(loss, x, y, predictions, sample_weight, of_batch=None):
     """
     data = x, y, predictions, sample_weight
     n = examples.count((x, y))
-    there = [k for k, p in enumerate(real(predictions)) if _has_row(p, n)]
+    there = [k for k, p in enumerate(sources(predictions)) if _has_row(p, n)]
     if n < 2 or not there:
         return tf.zeros([])
     before = loss_gradient(loss, *data) if of_batch is None else of_batch
@@ -277,15 +283,14 @@ def unlike(among, alone):
 
 def _replaced(prediction, chosen, n):
     """Others than those of S are changed; what is a probability still is one, and not 0 or 1."""
-    if prediction is None or not tf.is_tensor(prediction) or not prediction.dtype.is_floating:
+    if not tf.is_tensor(prediction) or not prediction.dtype.is_floating:
         return prediction
     if not _has_row(prediction, n):
         return prediction
     mine = tf.reshape(chosen, [n] + [1] * (prediction.shape.rank - 1))
     half = tf.cast(0.5, prediction.dtype) * prediction
     changed = tf.where(mine, prediction, half + tf.cast(0.1, prediction.dtype))
-    keras_internals.set_mask(changed, keras_internals.mask_of(prediction))
-    return changed
+    return keras_internals.attached(changed, prediction, lambda v: _replaced(v, chosen, n))
 
 
 def _largest(values):
@@ -295,7 +300,7 @@ def _largest(values):
 def loss_gradient(loss, x, y, predictions, sample_weight):
     """The gradient of a batch's loss by the outputs, as float32 tensors like the real outputs."""
     copies = keras.tree.map_structure(lambda p: _masked_rows(p, slice(None)), predictions)
-    outputs = real(copies)
+    outputs = sources(copies)
     with tf.GradientTape() as tape:
         tape.watch(outputs)
         with keras.StatelessScope():
@@ -308,10 +313,14 @@ def _masked_rows(prediction, rows):
     if not tf.is_tensor(prediction) or not prediction.shape.rank:
         return prediction
     part = tf.identity(prediction[rows])
-    mask = keras_internals.mask_of(prediction)
-    if mask is not None:
-        keras_internals.set_mask(part, mask[rows])
-    return part
+    return keras_internals.attached(part, prediction, lambda v: tf.identity(v[rows]))
+
+
+def sources(predictions) -> list:
+    """What a loss is computed from: the real outputs, and the logits that Keras attached."""
+    outputs = real(predictions)
+    logits = [keras_internals.logits_of(p) for p in outputs]
+    return outputs + [v for v in logits if v is not None]
 
 
 def real(predictions):

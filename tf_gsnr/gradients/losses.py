@@ -135,18 +135,20 @@ def of_examples(loss: OfBatch, x, y, predictions, sample_weight=None, training=F
     Args:
       loss: what `of_batch` returns.
       x, y, sample_weight: nested, with a leading axis of examples; None leaves stay None.
-      predictions: of the model, with the masks that Keras set on them.
+      predictions: of the model, with the masks and logits that Keras set on them.
 
     Raises:
       ValueError: the loss of one example is not one number.
     """
-    masks = keras.tree.map_structure(keras_internals.mask_of, predictions)
-    data = (x if loss.uses_inputs else None, y, predictions, sample_weight, masks)
+    leaves = keras.tree.flatten(predictions)
+    beside = [(keras_internals.mask_of(p), keras_internals.logits_of(p)) for p in leaves]
+    data = (x if loss.uses_inputs else None, y, predictions, sample_weight, beside)
 
     def one(_, batch):
-        x, y, predictions, weight, masks = batch
-        for prediction, mask in zip(tf.nest.flatten(predictions), tf.nest.flatten(masks)):
+        x, y, predictions, weight, beside = batch
+        for prediction, (mask, logits) in zip(keras.tree.flatten(predictions), beside):
             keras_internals.set_mask(prediction, mask)
+            keras_internals.set_logits(prediction, logits)
         with keras.StatelessScope():  # what it assigns (a metric of its own) is left alone
             return one_number(loss(x, y, predictions, weight, training))
 

@@ -136,7 +136,7 @@ def _coupling(model, outputs, loss, n):
     Args:
       outputs: of layers.
     """
-    predictions = independence.real(loss.given[2])
+    predictions = independence.sources(loss.given[2])
     adds = losses.adds(model)
     if not adds and loss.operations and not any(_keeps(op) for op in loss.operations):
         error = independence.loss_error(loss.again, *loss.given)

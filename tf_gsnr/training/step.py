@@ -123,10 +123,15 @@ def _hidden(value):
         return value
     if value.shape[0] is None:
         return value
-    hidden = tf.raw_ops.PlaceholderWithDefault(input=value, shape=[None, *value.shape[1:]])
-    mask = keras_internals.mask_of(value)
-    keras_internals.set_mask(hidden, None if mask is None else _hidden(mask))
-    return hidden
+    squash = _SQUASHING.get(value.op.type)
+    if squash and keras_internals.logits_of(value) is None:
+        hidden = squash(_hidden(value.op.inputs[0]))  # crossentropies look at the operation, too
+    else:
+        hidden = tf.raw_ops.PlaceholderWithDefault(input=value, shape=[None, *value.shape[1:]])
+    return keras_internals.attached(hidden, value, _hidden)
+
+
+_SQUASHING = {"Softmax": tf.nn.softmax, "Sigmoid": tf.sigmoid}
 
 
 def _loss(model, plan, *given):
@@ -143,7 +148,7 @@ def _called(model, x):
 def _tape_from(predictions):
     """A tape that begins at the model's outputs: what leads to them is not gone through again."""
     with tf.GradientTape(persistent=True, watch_accessed_variables=False) as tape:
-        tape.watch(independence.real(predictions))
+        tape.watch(independence.sources(predictions))
         yield tape
 
 

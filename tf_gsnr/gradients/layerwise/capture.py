@@ -201,7 +201,7 @@ class _Watcher:
                     output = call(*args, **kwargs)
             finally:
                 self.inside_whole = False
-            output = tf.nest.map_structure(self._watch, output)
+            output = self._watched(output)
             self.found.calls.append(
                 Call(unit, args, kwargs, output, self.n, state, training=self.training)
             )
@@ -230,7 +230,7 @@ class _Watcher:
             self._hold((args, kwargs))
             output = call(*args, **kwargs)
             if _graph() is self.graph and not self.inside_whole:
-                output = tf.nest.map_structure(self._watch, output)
+                output = self._watched(output)
                 self._note(layer, output)
             return output
 
@@ -244,14 +244,20 @@ class _Watcher:
             if _is_real(v):
                 self.held[id(v)] = v
 
-    def _watch(self, output):
-        """The output as a tensor of its own: a layer may hand out one that others hold too."""
+    def _watched(self, outputs):
+        """Outputs as tensors of their own.
+
+        A layer may hand out one that others hold too, or one that another output is computed from,
+        of which the gradient would be in both.
+        """
+        several = len(tf.nest.flatten(outputs)) > 1
+        return tf.nest.map_structure(lambda z: self._watch(z, several), outputs)
+
+    def _watch(self, output, copy):
         if not _is_real(output):
             return output
-        if id(output) in self.held:
-            mask = keras_internals.mask_of(output)
-            output = tf.identity(output)
-            keras_internals.set_mask(output, mask)
+        if copy or id(output) in self.held:
+            output = keras_internals.attached(tf.identity(output), output, lambda v: v)
         self.held[id(output)] = output
         self.tape.watch(output)
         return output

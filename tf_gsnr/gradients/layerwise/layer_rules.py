@@ -143,6 +143,8 @@ def normalization(call):
     axes = [a % call.x.shape.rank for a in axes]
     if axes != sorted(axes) or 0 in axes:
         return None
+    if type(layer).__name__ == "RMSNormalization" and axes[-1] != call.x.shape.rank - 1:
+        return None  # Keras multiplies by the scale along the last axes, whichever are normalised
     products = []
     if scale is not None:
         neutral = [(v, tf.convert_to_tensor(v.value)) for v in layer.non_trainable_variables]
