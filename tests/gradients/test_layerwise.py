@@ -492,3 +492,66 @@ def test_xla_takes_no_data_for_constant(engine):
     program = moments.experimental_get_compiler_ir(tf.ones([4, 5]), tf.ones([4, 3]))(stage="hlo")
     entry = program[program.index("ENTRY") :]
     assert sum(" parameter(" in line for line in entry.splitlines()) == 4  # x, y, kernel, bias
+
+
+class TwoOutputs(L.Layer):
+    """The second output is computed from the first."""
+
+    def build(self, shape):
+        self.kernel = self.add_weight(shape=(shape[-1], 3))
+
+    def call(self, x):
+        logits = keras.ops.matmul(x, self.kernel)
+        return logits, keras.ops.softmax(logits)
+
+
+def both(outputs):
+    return L.Concatenate()([L.Flatten()(z) for z in outputs])
+
+
+OF_TWO = {
+    "scores": lambda x: both(L.Attention(use_scale=True)([x, x], return_attention_scores=True)),
+    "unrolled": lambda x: both(L.LSTM(3, unroll=True, return_state=True)(x)),
+    "own": lambda x: both(TwoOutputs()(x)),
+    "same": lambda x: both([z for z in [L.Dense(3)(x)] for _ in range(2)]),
+    "inner axis": lambda x: L.RMSNormalization(axis=1)(x),
+}
+
+
+@pytest.mark.parametrize("name", OF_TWO)
+def test_outputs_that_come_from_each_other(name):
+    """A gradient that is in both is counted once."""
+    keras.utils.set_random_seed(0)
+    inputs = keras.Input([4, 4])
+    model = keras.Model(inputs, L.Dense(1)(L.Flatten()(OF_TWO[name](L.Dense(4)(inputs)))))
+    for variable in model.trainable_variables:
+        variable.assign(variable + 0.1 * np.random.default_rng(1).normal(size=variable.shape))
+    x, y = np.random.default_rng(0).normal(size=[2, 7, 4, 4]).astype("float32")
+    table = tf_gsnr.check_engine(model, x, y[:, 0, :1], "mse")
+    assert max(max(row["mean"], row["variance"]) for row in table) < 1e-4
+    tf_gsnr.gradient_moments(model, x, y[:, 0, :1], "mse", engine="layerwise")
+
+
+@pytest.mark.parametrize("n", [2, 3, 4, 5, 6])
+def test_few_examples_in_two_orders(n):
+    keras.utils.set_random_seed(0)
+    inputs, dense = keras.Input([4]), L.Dense(3, "tanh")
+    turned = keras.ops.flip(dense(keras.ops.flip(2 * inputs, axis=0)), axis=0)
+    model = keras.Model(inputs, dense(inputs) * turned)
+    x, y = np.random.default_rng(0).normal(size=[2, n, 4]).astype("float32")
+    found = tf_gsnr.gradient_moments(model, x, y[:, :3], "mse")
+    truth = tf_gsnr.gradient_moments(model, x, y[:, :3], "mse", engine="vectorized")
+    for a, b in zip(found.m2, truth.m2):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("lora", [None, 2])
+def test_float64_measured_in_float32(lora):
+    keras.config.set_dtype_policy("float64")
+    try:
+        model = keras.Sequential([keras.Input([4]), L.Dense(3, lora_rank=lora)])
+    finally:
+        keras.config.set_dtype_policy("float32")
+    x, y = np.random.default_rng(0).normal(size=[2, 20, 4])
+    assert tf_gsnr.gradient_moments(model, x, y[:, :3], "mse", dtype="float32").count == 20
+    assert tf_gsnr.gradient_moments(model, x, y[:, :3], "mse").count == 20
