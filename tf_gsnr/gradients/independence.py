@@ -60,12 +60,14 @@ def _seen(gradients, n) -> Seen | None:
     for gradient, chosen in zip(gradients, _both(n)):
         if not _has_rows(gradient, n):
             continue
-        squares = tf.square(tf.cast(tf.convert_to_tensor(gradient), tf.float64))
+        gradient = tf.convert_to_tensor(gradient)
+        wide = tf.float64 if gradient.dtype == tf.float64 else tf.float32
+        squares = tf.square(tf.cast(gradient, wide))
         both.append(squares)
         rows = tf.reduce_mean(tf.reshape(arrays.rows_of_examples(squares, n), [n, -1]), 1)
         own.append(tf.reduce_mean(tf.boolean_mask(rows, chosen)))
         foreign.append(tf.reduce_mean(tf.boolean_mask(rows, ~chosen)))
-    shared = tf.reduce_mean(tf.minimum(*both)) if len(both) == 2 else tf.zeros([], tf.float64)
+    shared = tf.reduce_mean(tf.minimum(*both)) if len(both) == 2 else tf.zeros([], both[0].dtype)
     return Seen(*(tf.cast(v, tf.float32) for v in (tf.add_n(own), tf.add_n(foreign), shared)))
 
 
