@@ -16,6 +16,7 @@ from tf_gsnr.gradients import places
 from tf_gsnr.gradients.layerwise import dense_forms, forms
 
 SIZE = 2**13  # parameters in a sample, unless told otherwise
+FEWER = 4  # of a convolution's parameters, each of which costs a product at every position
 LEAST, LEAST_OF_LAYERS = 64, 512  # of a variable, if it has as many; where layers are shown
 
 
@@ -31,8 +32,10 @@ class Sample:
 
     def __init__(self, shapes, size: int | None = None, least: int = LEAST):
         sizes = [math.prod(shape) for shape in shapes]
-        share = 1.0 if size is None else min(1.0, size / sum(sizes))
-        wanted = [n if share == 1 else max(math.ceil(share * n), least) for n in sizes]
+        parts = [n / FEWER if len(s) > 3 else n for n, s in zip(sizes, shapes)]
+        share = 1.0 if size is None else min(1.0, size / sum(parts))
+        wanted = [min(n, max(math.ceil(share * p), least)) for n, p in zip(sizes, parts)]
+        wanted = sizes if size is None or size >= sum(sizes) else wanted
         self.places = [places.of(s, w, seed) for seed, (s, w) in enumerate(zip(shapes, wanted))]
         found = [p.size for p in self.places]
         self.owner = np.repeat(np.arange(len(found)), found)
