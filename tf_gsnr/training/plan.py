@@ -6,6 +6,7 @@ Python, between two steps. Index letters: n example.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 from collections.abc import Callable
 from typing import NamedTuple
@@ -29,7 +30,7 @@ class Plan:
       folds: `(id(layer), k) -> ` rows per example of the layer's k-th call.
       uneven: `(id(layer), k)` of calls whose number of rows depends on the data.
       layers: of the outputs that the first step looked at, in order.
-      called: the layers whose calls the loss depends on, call by call.
+      called: the layers of the calls whose rows the first step looked at.
       reasons: `id(variable) -> ` why no rule and no fallback measures it, of the last trace.
       missed: variables that no call accounts for, of the last trace.
       settled: whether the first step is done.
@@ -67,6 +68,7 @@ class LossPass(NamedTuple):
       again: `(x, y, predictions, sample_weight) -> ` the loss.
       given: what it was called with.
       operations: that it consists of; none where it is not traced.
+      after: how many of the calls of layers were made before it.
     """
 
     value: tf.Tensor
@@ -74,6 +76,7 @@ class LossPass(NamedTuple):
     again: Callable
     given: tuple
     operations: list
+    after: int
 
 
 def first_checks(plan, model, tape, seen_pass, loss: LossPass, n) -> dict:
@@ -91,8 +94,8 @@ def first_checks(plan, model, tape, seen_pass, loss: LossPass, n) -> dict:
     norms = network.batch_norms(model)
     layers, outputs = ((), ()) if norms else _looked_at(seen_pass.outputs, loss.given[0])
     plan.layers = list(layers)
-    used = [call for call in seen_pass.calls if call.used]
-    plan.called = [call.layer for call in used]
+    doubtful = _doubtful(seen_pass.calls, loss, n)
+    plan.called = [call.layer for call in doubtful]
     places, counts = {}, {}
     for call in seen_pass.calls:
         k = counts[id(call.layer)] = counts.get(id(call.layer), -1) + 1
@@ -101,16 +104,40 @@ def first_checks(plan, model, tape, seen_pass, loss: LossPass, n) -> dict:
     plan.folds = {key: f for key, f in known.items() if f == 1 or not plan.sizes_vary}
     if n < 2:
         return {}
-    firsts = [next(z for z in tf.nest.flatten(call.output) if z.shape.rank) for call in used]
+    firsts = [next(z for z in tf.nest.flatten(call.output) if z.shape.rank) for call in doubtful]
+    looked_at = [*outputs, *firsts]
     try:
-        seen = independence.rows_seen(tape, loss.given[2], [*outputs, *firsts], n)
-        if any(seen):
+        seen = independence.rows_seen(tape, loss.given[2], looked_at, n) if looked_at else []
+        if firsts:
             _look_from_data(tape, loss.given[0], seen, firsts, n)
         coupling = _coupling(model, outputs, loss, n)
     except Exception:  # an op without a second gradient: nothing is seen, and training goes on
         return {}
     rows = [(-1.0, 0.0, 0.0) if s is None else tuple(s) for s in [*seen, coupling]]
     return {"rows": tf.stack([tf.stack(r) for r in rows])}
+
+
+def _doubtful(calls, loss, n) -> list:
+    """The calls whose rows may be others than the examples' in turn.
+
+    An example has several; the loss made the call; the layer has others, perhaps in another order;
+    it is called on no data; or the second axis of a sequence may be the examples'. Of one that has
+    a row for each nothing can be said where no output of the model has.
+    """
+    blind = not any(p.shape[:1] == [n] for p in independence.real(loss.given[2]))
+    counts = collections.Counter(id(call.layer) for call in calls if call.used)
+    outputs = [next(z for z in tf.nest.flatten(call.output) if z.shape.rank) for call in calls]
+    from_data = independence.come_from(outputs, loss.given[0])
+
+    def other(k, call, z):
+        several = counts[id(call.layer)] > 1 or k >= loss.after
+        return several or not from_data[k] or z.shape.rank == 3 and z.shape[1] == n
+
+    return [
+        call
+        for k, (call, z) in enumerate(zip(calls, outputs))
+        if call.used and (call.folded or not blind and other(k, call, z))
+    ]
 
 
 def _look_from_data(tape, x, seen, firsts, n):
@@ -217,7 +244,7 @@ def _learn_rows(model, plan, checks) -> list[str]:
     told = []
     coupling = seen.pop() if seen else None
     of_calls = seen[len(plan.layers) :]
-    for layer, one in zip(plan.called, of_calls if any(of_calls) else ()):
+    for layer, one in zip(plan.called, of_calls):
         if one is None or independence.are_scrambled(one):
             why = f"the rows of layer {layer.name!r} cannot be told to be the examples' in turn"
             for variable in layer.trainable_variables:

@@ -48,7 +48,7 @@ def measured(model, plan: Plan, meter, data, *, every: int = 1, due=True) -> dic
         options = dict(training=True, all_outputs=first, inputs=x)
         with capture.watching(model, units, tape, n, **options) as seen_pass:
             predictions = _called(model, x)
-            before = operations()
+            before, of_model = operations(), len(seen_pass.calls)
             apart = first and not losses.adds(model)  # what is added does not come from the outputs
             with _tape_from(predictions) if apart else contextlib.nullcontext(tape) as loss_tape:
                 given = x, y, predictions, sample_weight
@@ -72,7 +72,7 @@ def measured(model, plan: Plan, meter, data, *, every: int = 1, due=True) -> dic
     checks = {}
     if first:
         again = functools.partial(_loss, model, plan)
-        loss_pass = LossPass(scaled, loss_tape, again, given, of_loss)
+        loss_pass = LossPass(scaled, loss_tape, again, given, of_loss, of_model)
         checks = first_checks(plan, model, tape, seen_pass, loss_pass, n)
     del tape, loss_tape
 
