@@ -144,6 +144,25 @@ def test_a_loss_that_acts_in_ways_hard_to_see(loss, caplog):
         tf_gsnr.gradient_moments(model, X, Y)
 
 
+def of_sixteen(y_true, y_pred):
+    """A contrastive loss that counts on its number of examples."""
+    likeness = tf.gather(tf.matmul(y_pred, y_pred, transpose_b=True), tf.range(16))
+    return keras.losses.sparse_categorical_crossentropy(tf.range(16), likeness, True)
+
+
+def log_determinant(y_true, y_pred):
+    """Which fails where two outputs are the same."""
+    products = tf.matmul(y_pred, y_pred, transpose_b=True) + 1e-6 * tf.eye(tf.shape(y_pred)[0])
+    return -tf.reduce_sum(tf.math.log(tf.linalg.diag_part(tf.linalg.cholesky(products))))
+
+
+@pytest.mark.parametrize("loss, size", [(of_sixteen, 16), (log_determinant, 2)])
+def test_a_loss_that_takes_no_other_outputs_trains(loss, size):
+    plain, ours = (trained(dense, wrap, loss, batch_size=size, epochs=1) for wrap in (False, True))
+    for a, b in zip(plain.get_weights(), ours.get_weights()):
+        np.testing.assert_allclose(a, b, atol=1e-6)
+
+
 @pytest.mark.parametrize("kind", ["mean", "share", "alone"])
 def test_what_a_model_adds_may_act_between_examples(kind, caplog):
     """`fit` cannot see it where it has no derivative."""

@@ -224,8 +224,9 @@ def loss_error(loss, x, y, predictions, sample_weight, of_batch=None):
     """Whether the loss lets examples act on each other: above 1 if so, scalar.
 
     The gradient of the loss by S's outputs is to be the same whatever the outputs of the others are
-    (as it is not for the root of the mean square error); and that of the loss of S alone but for
-    one common factor (the number of examples, or of valid positions).
+    (as it is not for the root of the mean square error); and, but for one common factor (the number
+    of valid positions), the same where half of the examples are there twice and the others are not.
+    The number of examples stays what it is, since a loss may count on it.
 
     Args:
       loss: `(x, y, predictions, sample_weight) -> ` scalar.
@@ -244,12 +245,18 @@ def loss_error(loss, x, y, predictions, sample_weight, of_batch=None):
         after = loss_gradient(loss, x, y, others, sample_weight)
         errors.append(_change(before, [after[k] for k in there], chosen) / REPLACED)
     if all(_has_row(v, n) for v in tf.nest.flatten(data) if tf.is_tensor(v)):
-        for rows in (slice(0, n // 2), slice(n // 2, n)):
-            given = examples.rows((x, y, sample_weight), rows)
-            part = keras.tree.map_structure(lambda p: _masked_rows(p, rows), predictions)  # noqa: B023
-            alone = loss_gradient(loss, given[0], given[1], part, given[2])
-            errors.append(unlike([g[rows] for g in before], [alone[k] for k in there]) / ALONE)
-    return tf.reduce_max(errors)
+        half, every = n // 2, np.arange(n)
+        for own, taken in (
+            (slice(0, half), every % half),
+            (slice(half, n), np.where(every < half, every + n - half, every)),
+        ):
+            given = examples.rows((x, y, sample_weight), taken)
+            twice = keras.tree.map_structure(lambda p: _masked_rows(p, taken), predictions)  # noqa: B023
+            alone = loss_gradient(loss, given[0], given[1], twice, given[2])
+            pair = [g[own] for g in before], [alone[k][own] for k in there]
+            errors.append(unlike(*pair) / ALONE)
+    errors = tf.stack(errors)
+    return tf.reduce_max(tf.where(tf.math.is_nan(errors), tf.zeros_like(errors), errors))
 
 
 REPLACED = 1e-5  # an error that is more than rounding, of numbers that are computed in one way
@@ -314,8 +321,11 @@ def loss_gradient(loss, x, y, predictions, sample_weight):
 def _masked_rows(prediction, rows):
     if not tf.is_tensor(prediction) or not prediction.shape.rank:
         return prediction
-    part = tf.identity(prediction[rows])
-    return keras_internals.attached(part, prediction, lambda v: tf.identity(v[rows]))
+
+    def taken(value):
+        return tf.identity(value[rows] if isinstance(rows, slice) else tf.gather(value, rows))
+
+    return keras_internals.attached(taken(prediction), prediction, taken)
 
 
 def sources(predictions) -> list:

@@ -110,9 +110,12 @@ def first_checks(plan, model, tape, seen_pass, loss: LossPass, n) -> dict:
         seen = independence.rows_seen(tape, loss.given[2], looked_at, n) if looked_at else []
         if firsts:
             _look_from_data(tape, loss.given[0], seen, firsts, n)
-        coupling = _coupling(model, outputs, loss, n)
-    except Exception:  # an op without a second gradient: nothing is seen, and training goes on
+    except Exception:  # a gradient that cannot be taken: nothing is seen, and training goes on
         return {}
+    try:
+        coupling = _coupling(model, outputs, loss, n)
+    except Exception:  # an op without a second gradient, a loss that does not take other outputs
+        coupling = None
     rows = [(-1.0, 0.0, 0.0) if s is None else tuple(s) for s in [*seen, coupling]]
     return {"rows": tf.stack([tf.stack(r) for r in rows])}
 
@@ -157,8 +160,8 @@ def _look_from_data(tape, x, seen, firsts, n):
 def _coupling(model, outputs, loss, n):
     """`independence.Seen` of the loss, or None where nothing can be said.
 
-    A loss that keeps nothing is computed again, for other outputs and for half of the examples. Of
-    others, and of what the model adds to its loss, a second gradient is taken.
+    A loss that keeps nothing, and cannot fail, is computed again, for other outputs and with half
+    of the examples twice. Of others, and of what the model adds, a second gradient is taken.
 
     Args:
       outputs: of layers.
@@ -176,10 +179,13 @@ def _coupling(model, outputs, loss, n):
 
 
 def _keeps(op) -> bool:
-    """Whether an operation may change or draw something when it is made again."""
-    return op.op_def is None or op.op_def.is_stateful and op.type not in _READ
+    """Whether an operation may change or draw something, or fail, when it is made of others."""
+    if op.op_def is None or op.type in (*_NOT_TWICE, *_MAY_FAIL):
+        return True
+    return op.op_def.is_stateful and op.type not in _READ
 
 
+_MAY_FAIL = ("Cholesky", "MatrixInverse", "MatrixSolve", "MatrixTriangularSolve", "CheckNumerics")
 _READ = ("ReadVariableOp", "ResourceGather")
 # What may hold operations whose second gradient fails only when it is run.
 _NOT_TWICE = ("While", "StatelessWhile", "PartitionedCall", "StatefulPartitionedCall")
